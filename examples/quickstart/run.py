@@ -1,0 +1,144 @@
+"""The quick start: from nothing to a model that CE-GPPO has made better, on two CPU cores.
+
+    make quickstart                                     # installs what is needed, then runs this file
+    .venv/bin/python -m examples.quickstart.run         # the same, once installed; from the repository's root
+        [--dir DIR] [--fresh] [section.key=value ...]   # other values for config.yaml, e.g. train.steps=4
+
+quickstart() is the whole story: six commands, each of which can also be run by hand. An interrupted run goes on where it
+stopped; --fresh deletes it and starts anew.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from examples.quickstart.phases import PhaseError, Phases, interrupt_on_signals, record_path
+from megatron_gppo.config import Config, ConfigError, load_config
+
+CONFIG = Path("examples/quickstart/config.yaml")
+NUM_RANKS = 2
+
+console = Console(highlight=False)
+
+
+def quickstart(folder: Path, overrides: list[str]) -> None:
+    """Runs what is still to be done in the folder and prints the result.
+
+    Raises ConfigError, PhaseError and KeyboardInterrupt.
+    """
+    model, checkpoint, result = folder / "model", folder / "megatron", folder / "result"
+    settings = [
+        f"run.dir={folder}",
+        f"model.hf_path={model}",
+        f"model.checkpoint={checkpoint}",
+        f"data.train={folder / 'data' / 'train.jsonl'}",
+        f"data.eval={folder / 'data' / 'held_out.jsonl'}",
+        *overrides,
+    ]
+    config = load_config(CONFIG, settings)
+    phases = Phases(folder, config.model_dump(mode="json"), console)
+    python = sys.executable
+    evaluate = [python, "-m", "megatron_gppo.cli", "eval", "--config", str(CONFIG), *settings]
+
+    phases.run(
+        "Build a tiny Qwen2 and warm it up",
+        [python, "-m", "examples.quickstart.build_model", "--output", str(folder), "--seed", str(config.run.seed)],
+    )
+    phases.run(
+        "Convert it to a Megatron checkpoint",
+        [
+            *(python, "tools/convert_hf_to_megatron.py", "--overwrite"),
+            *("--hf-path", str(model), "--output", str(checkpoint)),
+            *("--tp", str(config.parallel.tp), "--pp", str(config.parallel.pp)),
+        ],
+    )
+    phases.run("Evaluate the start", [*evaluate, f"run.dir={folder / 'start'}"])
+    phases.run(
+        "Train with CE-GPPO",
+        [
+            *(python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS)),
+            *("-m", "megatron_gppo.train", "--config", str(CONFIG), *settings),
+        ],
+    )
+    phases.run(
+        "Export the result to Hugging Face format",
+        [
+            *(python, "tools/convert_megatron_to_hf.py", "--overwrite"),
+            *("--checkpoint", str(folder / "checkpoints" / f"step_{config.train.steps:08d}")),
+            *("--output", str(result)),
+        ],
+    )
+    phases.run("Evaluate the result", [*evaluate, f"model.hf_path={result}", f"run.dir={folder / 'final'}"])
+
+    print_summary(folder, config, phases.seconds)
+
+
+def accuracy(folder: Path) -> float:
+    """From the newest evaluation report in the folder, between 0 and 1."""
+    newest = max((folder / "eval").glob("*.json"))
+    return float(json.loads(newest.read_text())["overall"]["accuracy"])
+
+
+def print_summary(folder: Path, config: Config, seconds: dict[str, float]) -> None:
+    """Accuracy before and after, seconds by phase, and where to look next."""
+    before, after = accuracy(folder / "start"), accuracy(folder / "final")
+    results = Table(title=f"avg@{config.eval.samples} at temperature {config.eval.temperature:g}, held-out problems")
+    results.add_column("model")
+    results.add_column("accuracy", justify="right")
+    results.add_row("start", f"{before:.1%}")
+    results.add_row("after CE-GPPO", f"{after:.1%}")
+    results.add_row("difference", f"{100 * (after - before):+.1f} points")
+
+    times = Table(title="time")
+    times.add_column("phase")
+    times.add_column("seconds", justify="right")
+    for phase, duration in seconds.items():
+        times.add_row(phase, f"{duration:.0f}")
+    times.add_section()
+    times.add_row("all", f"{sum(seconds.values()):.0f}")
+
+    console.print()
+    console.print(results)
+    console.print(times)
+    console.print(
+        f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {folder / 'tensorboard'}", soft_wrap=True
+    )
+    console.print(f"Model:  {folder / 'result'}", soft_wrap=True)
+
+
+def delete_run(folder: Path) -> None:
+    """Deletes an earlier run. Raises PhaseError if the folder is something else."""
+    if not folder.exists():
+        return
+    if not record_path(folder).exists():
+        raise PhaseError(f"{folder} is not a run of the quick start, so --fresh does not delete it. Fix: another --dir")
+    shutil.rmtree(folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.run", description="Run the quick start.")
+    parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="folder of the run (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run in that folder and start anew")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"instead of what {CONFIG} says")
+    arguments = parser.parse_args()
+    interrupt_on_signals()
+    try:
+        if arguments.fresh:
+            delete_run(arguments.dir)
+        quickstart(arguments.dir, arguments.overrides)
+    except (ConfigError, PhaseError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same call goes on from here; --fresh starts anew.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""The algorithm in pure torch: advantages, log-probs and entropy, losses. Knows neither Megatron nor SGLang."""
+
+from megatron_gppo.algorithm.advantages import group_advantages, is_degenerate, samples_from_groups
+from megatron_gppo.algorithm.aggregation import loss_denominator
+from megatron_gppo.algorithm.logprobs import linear_logprobs_and_entropy, vocab_parallel_logprobs_and_entropy
+from megatron_gppo.algorithm.losses import LossOutput, policy_loss
+from megatron_gppo.config import LossConfig
+
+__all__ = [
+    "LossConfig",
+    "LossOutput",
+    "group_advantages",
+    "is_degenerate",
+    "linear_logprobs_and_entropy",
+    "loss_denominator",
+    "policy_loss",
+    "samples_from_groups",
+    "vocab_parallel_logprobs_and_entropy",
+]

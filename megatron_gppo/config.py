@@ -1,0 +1,475 @@
+"""The configuration: one typed, documented tree, read from YAML with dotted overrides.
+
+Every field says what it means and its bounds; unknown keys, values out of range and combinations that cannot work
+raise ConfigError, which names the field, the value and the fix, before any GPU or file is touched.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+Objective = Literal["ce_gppo", "ppo_clip", "dapo", "cispo", "gspo"]
+Aggregation = Literal["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+
+
+class ConfigError(ValueError):
+    """A mistake in the user's configuration. The message names field, value and fix, a line each."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The policy's starting point."""
+
+    hf_path: Path
+    """Folder of the HF model: config.json and tokenizer are always read from here, and the engines start from it."""
+    checkpoint: Path | None = None
+    """Folder written by tools/convert_hf_to_megatron.py. None converts hf_path into run.dir at the start."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of the policy's weights and activations; bf16 keeps fp32 master weights in the optimizer."""
+
+
+class ParallelConfig(Section):
+    """How the policy is cut over ranks. Data parallel takes what is left: world size / (tp * pp * cp)."""
+
+    tp: PositiveInt = 1
+    """Tensor-parallel size."""
+    pp: PositiveInt = 1
+    """Pipeline-parallel size."""
+    vpp: PositiveInt | None = None
+    """Model chunks per pipeline rank (interleaved 1F1B). None is plain 1F1B."""
+    cp: Literal[1] = 1
+    """Context-parallel size; larger ones are not supported yet."""
+    ep: Literal[1] = 1
+    """Expert-parallel size; larger ones are not supported yet."""
+    sequence_parallel: bool = False
+    """Shard the activations between tensor-parallel regions along the sequence; needs tp > 1."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "ParallelConfig":
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel = true needs tp > 1. Fix: set parallel.sequence_parallel=false")
+        if self.vpp is not None and self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp = {self.vpp} needs pp > 1. Fix: remove parallel.vpp or raise parallel.pp")
+        return self
+
+
+class DataConfig(Section):
+    """Prompts for training and evaluation, from JSONL or Parquet files."""
+
+    train: Path | list[Path] | None = None
+    """File or files with the training prompts; needed unless rollouts are replayed."""
+    eval: Path | list[Path] | None = None
+    """File or files with the evaluation problems."""
+    prompt_column: str = "prompt"
+    """Chat rows: a list of {role, content} messages; the ground truth is then reward_model.ground_truth."""
+    question_column: str | None = None
+    """Plain rows: the question's column. Set it together with answer_column; prompt_column is then unused."""
+    answer_column: str | None = None
+    """Plain rows: the ground truth's column."""
+    system_prompt: str | None = None
+    """A system message put before each prompt."""
+    max_prompt_tokens: PositiveInt = 4096
+    """Longer prompts are left out, and counted."""
+    shuffle: bool = True
+    """Shuffle every epoch anew, with run.seed."""
+
+    @model_validator(mode="after")
+    def _columns(self) -> "DataConfig":
+        if (self.question_column is None) != (self.answer_column is None):
+            raise ValueError(
+                "question_column and answer_column go together. Fix: set both data.question_column and data.answer_column, or neither"
+            )
+        return self
+
+
+class SamplingConfig(Section):
+    """One definition of sampling, for the engine and for the log-probs of the loss."""
+
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by this, in the engine and in every log-prob the trainer computes."""
+    top_p: Probability = 1.0
+    """Nucleus sampling. Log-probs are of the whole distribution, so below 1 engine and policy agree on fewer tokens."""
+    max_response_tokens: PositiveInt = 16384
+    """Generation stops there; the response then counts as truncated."""
+
+
+class RolloutConfig(SamplingConfig):
+    """Generation of responses."""
+
+    mode: Literal["managed", "external", "replay"] = "managed"
+    """managed: start SGLang here; external: use the servers at urls; replay: read recorded rollouts, no engine."""
+    urls: list[str] = []
+    """external: base URLs of running SGLang servers, e.g. http://10.0.0.5:30000."""
+    replay: Path | None = None
+    """replay: folder that an earlier run recorded."""
+    record: Path | None = None
+    """Folder to record every step's rollout into."""
+    prompts_per_step: PositiveInt = 128
+    """Groups in one step's batch."""
+    responses_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """G, the size of a group."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and generate others in their place."""
+    max_refills: PositiveInt = 4
+    """dynamic_sampling: rounds of replacement before the step goes on with fewer groups (counted)."""
+    concurrency: PositiveInt = 256
+    """Requests in flight to each server."""
+    request_timeout_s: PositiveFloat = 1800.0
+    """Limit for one request, generation included."""
+    max_retries: Annotated[int, Field(ge=0)] = 3
+    """Times a request that failed is sent again before the step fails."""
+    host: str = "127.0.0.1"
+    """managed: address the server listens on. Its control endpoints execute what they are sent: see api_key."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """managed: the server's port. None takes a free one."""
+    api_key: str | None = None
+    """Sent to, and demanded by, the servers. Needed when host is not a loopback address."""
+    engine_tp: PositiveInt = 1
+    """managed: the server's tensor-parallel size."""
+    engine_dtype: Literal["bf16", "fp32"] | None = None
+    """managed: dtype of the server's weights. None is model.dtype."""
+    start_timeout_s: PositiveFloat = 600.0
+    """managed: limit for the server to come up."""
+    server_args: dict[str, str | int | float | bool] = {}
+    """managed: further arguments of sglang.launch_server, as {mem_fraction_static: 0.8}."""
+    logprob_alarm: PositiveFloat = 1.0
+    """Warn, and keep the sample, when an engine log-prob differs from the policy's by more than this on average (nats per token)."""
+
+    @model_validator(mode="after")
+    def _modes(self) -> "RolloutConfig":
+        if (self.mode == "external") != bool(self.urls):
+            raise ValueError(
+                f"urls = {self.urls} with mode = {self.mode}. Fix: mode external takes one or more rollout.urls, the others none"
+            )
+        if (self.mode == "replay") != (self.replay is not None):
+            raise ValueError(
+                f"replay = {self.replay} with mode = {self.mode}. Fix: mode replay takes the folder rollout.replay, the others none"
+            )
+        if self.mode == "replay" and self.record is not None:
+            raise ValueError(f"record = {self.record} with mode = replay. Fix: remove rollout.record")
+        if self.mode == "managed" and self.host not in ("127.0.0.1", "localhost", "::1") and self.api_key is None:
+            raise ValueError(
+                f"host = {self.host} opens the engine's control endpoints to the network. Fix: set rollout.api_key"
+            )
+        return self
+
+
+class RewardConfig(Section):
+    """How responses are judged."""
+
+    function: str = "math_verify"
+    """math_verify (the last \\boxed{} against the ground truth), or a dotted path 'package.module:function' to a
+    function (response: str, ground_truth: str, data_source: str) -> float | bool."""
+    correct: FiniteFloat = 1.0
+    """Reward of a correct answer."""
+    incorrect: FiniteFloat = 0.0
+    """Reward of everything else; paper: -1."""
+    correct_above: float = 0.5
+    """A user function's result above this counts as correct in accuracy and in the NLL term; its value is the reward."""
+    workers: PositiveInt = 2
+    """Worker processes."""
+    timeout_s: PositiveFloat = 10.0
+    """Limit for one response; the worker is then killed and the time-out counted."""
+
+
+class TrainConfig(Section):
+    """Steps and their division into updates and micro-batches."""
+
+    steps: PositiveInt = 1000
+    """Rollout batches to train on."""
+    prompts_per_update: PositiveInt = 16
+    """Groups in one optimizer step; rollout.prompts_per_step / this is the updates per step."""
+    tokens_per_microbatch: PositiveInt = 32768
+    """Most packed tokens in one forward pass of one data-parallel rank."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recompute: full keeps only each layer's input."""
+
+
+class LossConfig(Section):
+    """The objective (megatron_gppo.algorithm.policy_loss)."""
+
+    objective: Objective = "ce_gppo"
+    """ce_gppo: Eq. 8 of arXiv 2509.20712; ppo_clip, dapo, cispo, gspo: what it is compared with."""
+    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    """Lower bound of the ratio is 1 - clip_low."""
+    clip_high: NonNegativeFloat = 0.2
+    """Upper bound of the ratio is 1 + clip_high."""
+    beta1: NonNegativeFloat | None = None
+    """ce_gppo, required: weight of tokens with A < 0 and ratio < 1 - clip_low. Larger: entropy falls faster. Paper: 0.5 (1.5B), 0.75 (7B)."""
+    beta2: NonNegativeFloat | None = None
+    """ce_gppo, required: weight of tokens with A > 0 and ratio > 1 + clip_high. Larger: entropy falls slower. Paper: 1."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    """Bound c on the ratio of tokens with A < 0. Off in the paper, 10 in its released code."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of an entropy bonus."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL to a reference policy."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
+    nll_coef: NonNegativeFloat = 0.0
+    """Weight of the NLL of correct samples. 0 in the paper, 0.1 in its released code."""
+    aggregation: Aggregation = "token_mean"
+    """token_mean: one global token count an update; group_token_mean: Eq. 8 to the letter; seq_*: sequence means."""
+
+    @model_validator(mode="after")
+    def _betas(self) -> "LossConfig":
+        if self.objective == "ce_gppo":
+            for name in ("beta1", "beta2"):
+                if getattr(self, name) is None:
+                    raise ValueError(
+                        f"{name} is missing, and objective = ce_gppo has no default for it. Fix: set it (the paper: beta1 0.5 or 0.75, beta2 1), or algorithm.preset: paper"
+                    )
+        elif self.beta1 is not None or self.beta2 is not None:
+            raise ValueError(
+                f"beta1 = {self.beta1}, beta2 = {self.beta2} have no meaning for objective = {self.objective}. Fix: remove them, or the preset that sets them"
+            )
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"objective": "ce_gppo", "clip_low": 0.2, "clip_high": 0.2, "beta1": 0.5, "beta2": 1.0},
+    "released-code": {
+        "objective": "ce_gppo",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "beta1": 0.5,
+        "beta2": 1.0,
+        "dual_clip": 10.0,
+        "nll_coef": 0.1,
+    },
+}
+
+
+class AlgorithmConfig(LossConfig):
+    """The loss, by preset and overrides."""
+
+    preset: Literal["paper", "released-code"] | None = None
+    """Values that the fields below start from; each can still be set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("preset"), str):
+            return {**PRESETS.get(values["preset"], {}), **values}
+        return values
+
+
+class OptimizerConfig(Section):
+    """Megatron's Adam and its learning-rate schedule, which counts updates."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where cosine and linear decay end."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 10
+    """Updates of linear warm-up from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up, to the last update of the run."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled; never applied to norms and biases."""
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    grad_clip: PositiveFloat = 1.0
+    """Most global gradient norm."""
+    distributed: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+
+    @model_validator(mode="after")
+    def _lrs(self) -> "OptimizerConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}. Fix: lower optimizer.min_lr")
+        return self
+
+
+class SyncConfig(Section):
+    """Weights from the policy to the engines."""
+
+    bucket_mb: PositiveInt = 512
+    """Size of a flattened bucket in MiB."""
+    host: str = "127.0.0.1"
+    """Address of rank 0 that the engines can reach, for the weight-transfer group."""
+    timeout_s: PositiveFloat = 300.0
+    """Limit for each phase of a sync; the error names phase and peer."""
+    verify_every: PositiveInt = 10
+    """Compare the engine's log-probs of a probe sequence with the policy's every so many syncs."""
+    verify_tolerance: PositiveFloat | None = None
+    """Most mean absolute difference there, in nats. None is 1e-4 in fp32 and 0.05 in bf16."""
+
+
+class EvalConfig(SamplingConfig):
+    """megatron-gppo eval: avg@samples on data.eval."""
+
+    temperature: PositiveFloat = 0.6
+    """Paper: 0.6."""
+    top_p: Probability = 0.95
+    """Paper: 0.95."""
+    samples: PositiveInt = 8
+    """Responses per problem."""
+
+
+class RunConfig(Section):
+    """The run's folder, its seed, and its checkpoints."""
+
+    dir: Path
+    """Everything the run writes: config.yaml, checkpoints/, tensorboard/."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of data order, sampling and initialisation."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest complete checkpoint in dir; never refuses a dir that has one."""
+    save_every: PositiveInt = 20
+    """Steps between checkpoints; one is also saved at the end and on SIGTERM or Ctrl-C."""
+    keep_last: PositiveInt = 3
+    """Checkpoints to keep."""
+    collective_timeout_s: PositiveFloat = 1800.0
+    """Limit for a collective operation between ranks."""
+    log_samples: Annotated[int, Field(ge=0)] = 3
+    """Prompt, response and reward of so many samples a step, as text in TensorBoard."""
+
+
+class Config(Section):
+    """A run."""
+
+    model: ModelConfig
+    run: RunConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    train: TrainConfig = TrainConfig()
+    algorithm: AlgorithmConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sync: SyncConfig = SyncConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> "Config":
+        per_step, per_update = self.rollout.prompts_per_step, self.train.prompts_per_update
+        if per_step % per_update:
+            raise ValueError(
+                f"rollout.prompts_per_step = {per_step} is not a multiple of train.prompts_per_update = {per_update}. Fix: change either"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.train.tokens_per_microbatch < longest:
+            raise ValueError(
+                f"train.tokens_per_microbatch = {self.train.tokens_per_microbatch} cannot hold one sample of data.max_prompt_tokens + "
+                f"rollout.max_response_tokens = {longest} tokens. Fix: raise it, or lower the other two"
+            )
+        if self.rollout.mode != "replay" and self.data.train is None:
+            raise ValueError(
+                "data.train is missing. Fix: name the file with the training prompts, or set rollout.mode: replay"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_policy(self) -> "Config":
+        if self.algorithm.kl_coef > 0:
+            raise ValueError(
+                f"algorithm.kl_coef = {self.algorithm.kl_coef} needs a reference policy, which a run does not hold yet. Fix: set it to 0"
+            )
+        return self
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.rollout.prompts_per_step // self.train.prompts_per_update
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice: YAML would silently keep the last one, and lose the first one's section."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
+    """Reads a YAML file and applies overrides of the form ``section.key=value`` (value in YAML syntax).
+
+    Raises ConfigError on anything that is wrong with either.
+    """
+    try:
+        tree = yaml.load(Path(path).read_text(), _UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}. Fix: give an existing YAML file to --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, not sections. Fix: start with e.g. 'model:'")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validates a nested dictionary. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_describe(item) for item in error.errors()))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, which load_config reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value. Fix: quote it") from None
+    node = tree
+    for depth, part in enumerate(parts[:-1]):
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def _describe(item: Any) -> str:
+    """One validation error as 'field = value: what is wrong. Fix: ...'."""
+    names = [str(part) for part in item["loc"]]
+    if item["type"] == "extra_forbidden":
+        known = _fields_beside(item["loc"])
+        close = difflib.get_close_matches(names[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{'.'.join(names)} = {item['input']!r}: unknown key; {hint}"
+    # For a field of several types pydantic appends the one it tried, which is no part of the field's name.
+    field = ".".join(name for name in names if name not in ("str", "int", "float", "bool") and "[" not in name)
+    if item["type"] == "missing":
+        return f"{field}: missing. Fix: set it in the YAML file or as an override {field}=..."
+    if item["type"] == "value_error":
+        return f"{field + ': ' if field else ''}{item['ctx']['error']}"
+    return f"{field} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}. Fix: change {field}"
+
+
+def _fields_beside(location: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,244 @@
+"""HF model folders: safetensors, one file or shards with an index, and the files beside them.
+
+Tensors are read and written one at a time, by position: mapping the files instead would count them whole as resident memory.
+A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron_gppo.convert.errors import ConvertError
+from megatron_gppo.convert.layout import Shape
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    offset: int  # bytes from the start of the file
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class HfCheckpoint:
+    """The weights of an HF folder. Opening it reads every header and checks it against its file's size.
+
+    Raises ConvertError, naming file and tensor, for files that are missing, truncated or not safetensors, tensors that
+    the index places elsewhere, and a dtype other than float32 and bfloat16, or both in one model.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.tensors: dict[str, StoredTensor] = {}
+        index = _read_index(self.folder)
+        for file in sorted(set(index.values())) if index else [SINGLE_FILE]:
+            for name, tensor in _read_header(self.folder / file).items():
+                if index and index.get(name) != file:
+                    where = index.get(name, "nowhere")
+                    raise ConvertError(f"{self.folder / file}: holds {name}, which {INDEX_FILE} places {where}")
+                self.tensors[name] = tensor
+        for name, file in index.items():
+            if name not in self.tensors:
+                raise ConvertError(f"{self.folder / file}: lacks {name}, which {INDEX_FILE} places there")
+        if not self.tensors:
+            raise ConvertError(f"{self.folder}: holds no tensors")
+        dtypes = {tensor.dtype: name for name, tensor in self.tensors.items()}
+        if len(dtypes) > 1:
+            examples = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+            raise ConvertError(f"{self.folder}: weights of several dtypes ({examples}). Fix: save the model in one")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.tensors.values())).dtype
+
+    def check(self, expected: Mapping[str, Shape]) -> None:
+        """Raises ConvertError unless exactly the expected tensors are there, in their shapes.
+
+        Two kinds of surplus are harmless and pass: rotary_emb.inv_freq, which old versions of transformers saved, and
+        an lm_head.weight of a model with tied embeddings that equals the embedding bit for bit.
+        """
+        for name, shape in expected.items():
+            tensor = self.tensors.get(name)
+            if tensor is None:
+                raise ConvertError(f"{self.folder}: tensor {name} is missing")
+            if tensor.shape != shape:
+                raise ConvertError(
+                    f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+                )
+        for name in self.tensors.keys() - expected.keys():
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name == "lm_head.weight":
+                if same_bits(self.read(name), self.read("model.embed_tokens.weight")):
+                    continue
+                raise ConvertError(
+                    f"{self.tensors[name].file}: lm_head.weight differs from the embedding, but config.json says "
+                    f"tie_word_embeddings = true. Fix: set it to false"
+                )
+            raise ConvertError(f"{self.tensors[name].file}: tensor {name} is not one that config.json asks for")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            _read_into(file, _memory(tensor), stored.file)
+        return tensor
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name; empty for a model in a single file."""
+    path = folder / INDEX_FILE
+    if not path.exists():
+        if (folder / SINGLE_FILE).exists():
+            return {}
+        raise ConvertError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}. Fix: give the folder of an HF model")
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConvertError(f"{path}: not an index of safetensors files") from error
+    for file in sorted(set(index.values())):
+        if not (folder / file).is_file():
+            raise ConvertError(f"{folder / file}: is missing, but {INDEX_FILE} names it")
+    return index
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ConvertError(f"{path}: truncated, or not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = [
+                (str(name), str(entry["dtype"]), tuple(entry["shape"]), tuple(entry["data_offsets"]))
+                for name, entry in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConvertError(f"{path}: not a safetensors file: its header cannot be read") from error
+
+    tensors = {}
+    for name, dtype, shape, (begin, end) in entries:
+        if dtype not in DTYPES:
+            raise ConvertError(f"{path}: tensor {name} has dtype {dtype}; only {', '.join(DTYPES)} are supported")
+        tensor = StoredTensor(path, 8 + length + begin, DTYPES[dtype], shape)
+        if end - begin != tensor.num_bytes:
+            raise ConvertError(
+                f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} takes {end - begin} bytes"
+            )
+        if 8 + length + end > size:
+            raise ConvertError(f"{path}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}")
+        tensors[name] = tensor
+    return tensors
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, in place. NumPy has no bfloat16, hence by way of uint8."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _read_into(file: BinaryIO, buffer: memoryview, path: Path) -> None:
+    filled = 0
+    while filled < len(buffer):  # one read is at most 2 GiB
+        count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
+        if not count:
+            raise ConvertError(f"{path}: became shorter while it was read")
+        filled += count
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    dtype: torch.dtype,
+    tensors: Iterator[tuple[str, Tensor]],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the tensors, which must come in the order of `shapes`, as they come.
+
+    One file where they fit in max_shard_bytes, else shards of at most that (or one tensor) with an index.
+    """
+    shards: list[dict[str, Shape]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + num_bytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += num_bytes
+
+    if len(shards) == 1:
+        files = [SINGLE_FILE]
+    else:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        _write_file(folder / file, shard, dtype, tensors)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(
+    path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]
+) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the tensors start aligned
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for expected_name, shape in shapes.items():
+            name, tensor = next(tensors)
+            assert (name, tuple(tensor.shape), tensor.dtype) == (expected_name, shape, dtype)
+            file.write(_memory(tensor.contiguous()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_hf_assets(source: str | Path, destination: str | Path) -> None:
+    """Copies everything but weights from one HF folder to another: config, generation config, tokenizer, chat template.
+
+    Subfolders are left out. `destination` is created; files there are replaced.
+    """
+    Path(destination).mkdir(parents=True, exist_ok=True)
+    for path in sorted(Path(source).iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(path, Path(destination) / path.name)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality that tells -0 from 0 and finds NaN equal to itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,0 +1,204 @@
+"""The one table that relates Megatron's parameter names to HF's; conversion and weight sync both read it.
+
+A parameter's canonical name is its key in a torch_dist checkpoint: global layer numbers, and norms named as
+TransformerEngine fuses them into the linear that follows. `canonical_name` maps a live module's names to it.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_gppo.convert.architecture import Architecture
+from megatron_gppo.convert.errors import ConvertError
+from megatron_gppo.convert.layout import QKV, GateUp, Layout, Replicated, Shape, Sharded, Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A row of the table. {i} is the global number of the layer.
+
+    Shapes are spelled in letters: V vocab_size, H hidden_size, F ffn_hidden_size, D head_dim, Q and K the query and the
+    key rows (heads x head_dim). layout and present are asked with the architecture.
+    """
+
+    name: str
+    layout: Callable[[Architecture], Layout]
+    hf: dict[str, str]  # name: shape, in the order of merging
+    present: Callable[[Architecture], bool] = lambda a: True
+
+
+def _vocabulary(a: Architecture) -> Layout:
+    return Vocabulary(axis=0, vocab_size=a.vocab_size)
+
+
+def _qkv(a: Architecture) -> Layout:
+    return QKV(0, a.num_kv_heads, a.num_attention_heads // a.num_kv_heads, a.head_dim)
+
+
+def _gate_up(a: Architecture) -> Layout:
+    return GateUp()
+
+
+def _row_parallel(a: Architecture) -> Layout:
+    return Sharded(axis=1)
+
+
+def _replicated(a: Architecture) -> Layout:
+    return Replicated()
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+
+_BEFORE_LAYERS = [_Kind(EMBEDDING, _vocabulary, {"model.embed_tokens.weight": "VH"})]
+_LAYER = [
+    _Kind(
+        "decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight",
+        _replicated,
+        {"model.layers.{i}.input_layernorm.weight": "H"},
+    ),
+    _Kind(
+        "decoder.layers.{i}.self_attention.linear_qkv.weight",
+        _qkv,
+        {
+            "model.layers.{i}.self_attn.q_proj.weight": "QH",
+            "model.layers.{i}.self_attn.k_proj.weight": "KH",
+            "model.layers.{i}.self_attn.v_proj.weight": "KH",
+        },
+    ),
+    _Kind(
+        "decoder.layers.{i}.self_attention.linear_qkv.bias",
+        _qkv,
+        {
+            "model.layers.{i}.self_attn.q_proj.bias": "Q",
+            "model.layers.{i}.self_attn.k_proj.bias": "K",
+            "model.layers.{i}.self_attn.v_proj.bias": "K",
+        },
+        present=lambda a: a.qkv_bias,
+    ),
+    _Kind(
+        "decoder.layers.{i}.self_attention.q_layernorm.weight",
+        _replicated,
+        {"model.layers.{i}.self_attn.q_norm.weight": "D"},
+        present=lambda a: a.qk_norm,
+    ),
+    _Kind(
+        "decoder.layers.{i}.self_attention.k_layernorm.weight",
+        _replicated,
+        {"model.layers.{i}.self_attn.k_norm.weight": "D"},
+        present=lambda a: a.qk_norm,
+    ),
+    _Kind(
+        "decoder.layers.{i}.self_attention.linear_proj.weight",
+        _row_parallel,
+        {"model.layers.{i}.self_attn.o_proj.weight": "HQ"},
+    ),
+    _Kind(
+        "decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight",
+        _replicated,
+        {"model.layers.{i}.post_attention_layernorm.weight": "H"},
+    ),
+    _Kind(
+        "decoder.layers.{i}.mlp.linear_fc1.weight",
+        _gate_up,
+        {"model.layers.{i}.mlp.gate_proj.weight": "FH", "model.layers.{i}.mlp.up_proj.weight": "FH"},
+    ),
+    _Kind(
+        "decoder.layers.{i}.mlp.linear_fc2.weight",
+        _row_parallel,
+        {"model.layers.{i}.mlp.down_proj.weight": "HF"},
+    ),
+]
+_AFTER_LAYERS = [
+    _Kind("decoder.final_layernorm.weight", _replicated, {"model.norm.weight": "H"}),
+    _Kind(OUTPUT_LAYER, _vocabulary, {"lm_head.weight": "VH"}, present=lambda a: not a.tied_embeddings),
+]
+# Megatron's local layers keep each norm apart from the linear that follows it.
+_LIVE_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One Megatron parameter and the HF tensors that it holds."""
+
+    name: str  # canonical
+    layout: Layout
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[Shape, ...]  # in the order of hf_names
+
+    @property
+    def shape(self) -> Shape:
+        """Of the full tensor, over all TP ranks, without vocabulary padding."""
+        return self.layout.full_shape(self.hf_shapes)
+
+    def from_hf(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The full tensor, from HF tensors by name."""
+        return self.layout.merge([tensors[name] for name in self.hf_names])
+
+    def to_hf(self, full: Tensor) -> list[tuple[str, Tensor]]:
+        """HF names and tensors, from the full tensor. The tensors may be views of it."""
+        return list(zip(self.hf_names, self.layout.split(full), strict=True))
+
+    def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+        """What TP rank `tp_rank` of `tp_size` holds, vocabulary padding included. May be a view of `full`."""
+        return self.layout.shard(full, tp_rank, tp_size)
+
+    def join(self, shards: Sequence[Tensor]) -> Tensor:
+        """The full tensor, from one shard a TP rank in order of rank. May be one of them."""
+        return self.layout.join(shards)
+
+
+def parameters(architecture: Architecture) -> list[Parameter]:
+    """Every parameter of the model, in the order of a forward pass."""
+    rows = [(kind, 0) for kind in _BEFORE_LAYERS]
+    rows += [(kind, layer) for layer in range(architecture.num_layers) for kind in _LAYER]
+    rows += [(kind, 0) for kind in _AFTER_LAYERS]
+    return [_parameter(kind, architecture, layer) for kind, layer in rows if kind.present(architecture)]
+
+
+def _parameter(kind: _Kind, a: Architecture, layer: int) -> Parameter:
+    letters = {
+        "V": a.vocab_size,
+        "H": a.hidden_size,
+        "F": a.ffn_hidden_size,
+        "D": a.head_dim,
+        "Q": a.num_attention_heads * a.head_dim,
+        "K": a.num_kv_heads * a.head_dim,
+    }
+    return Parameter(
+        name=kind.name.format(i=layer),
+        layout=kind.layout(a),
+        hf_names=tuple(name.format(i=layer) for name in kind.hf),
+        hf_shapes=tuple(tuple(letters[letter] for letter in shape) for shape in kind.hf.values()),
+    )
+
+
+def canonical_name(architecture: Architecture, live_name: str, layer_offset: int = 0) -> str:
+    """The canonical name of a parameter of a live GPTModel chunk.
+
+    `live_name` is as named_parameters() has it, with any wrapper's "module.", from Megatron's local or
+    TransformerEngine layers. `layer_offset` is the global number of the chunk's first layer. The last pipeline
+    stage of a tied model holds a copy of the embedding as its output layer: it gets the embedding's name too.
+
+    Raises ConvertError for a parameter that the architecture does not have.
+    """
+    name = live_name
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    if name == OUTPUT_LAYER and architecture.tied_embeddings:
+        return EMBEDDING
+    layer = 0
+    if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
+        layer = int(match[1]) + layer_offset
+        name = f"decoder.layers.{layer}.{_LIVE_NORMS.get(match[2], match[2])}"
+    kinds = [*_BEFORE_LAYERS, *_LAYER, *_AFTER_LAYERS]
+    if layer < architecture.num_layers and any(
+        k.name.format(i=layer) == name and k.present(architecture) for k in kinds
+    ):
+        return name
+    raise ConvertError(f"{live_name} (layer offset {layer_offset}) is no parameter of {architecture.name}")

@@ -1,0 +1,163 @@
+"""What a run will be, worked out before any GPU is touched: ranks, batches, optimizer steps, memory."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_gppo.config import Config, ConfigError
+from megatron_gppo.convert import Architecture, ConvertError, parameters
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that the policy's state takes on the rank that holds most of it; activations come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A validated run in numbers."""
+
+    config: Config
+    architecture: Architecture
+    world_size: int
+    dp: int
+    samples_per_step: int
+    samples_per_update: int
+    longest_sample: int  # tokens: longest prompt that is let in, and longest response
+    optimizer_steps: int
+    num_parameters: int
+    num_parameters_per_rank: int  # of the rank that holds most
+    memory: Memory
+
+
+def make_plan(config: Config, architecture: Architecture, world_size: int) -> Plan:
+    """Works out the run for this many ranks. Raises ConfigError for a layout or batch that cannot work."""
+    layout = config.parallel
+    model_ranks = layout.tp * layout.pp * layout.cp
+    if world_size % model_ranks:
+        usable = max(world_size // model_ranks, 1) * model_ranks
+        raise ConfigError(
+            f"world size = {world_size} is not a multiple of parallel.tp * parallel.pp * parallel.cp = {layout.tp} * {layout.pp} * "
+            f"{layout.cp} = {model_ranks}. Fix: start e.g. {usable} ranks (torchrun --nproc-per-node), or change parallel.tp or parallel.pp"
+        )
+    try:
+        architecture.check_layout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep)
+    except ConvertError as error:
+        raise ConfigError(f"parallel: {error}") from error
+
+    dp = world_size // model_ranks
+    responses = config.rollout.responses_per_prompt
+    samples_per_update = config.train.prompts_per_update * responses
+    if dp > samples_per_update:
+        raise ConfigError(
+            f"train.prompts_per_update = {config.train.prompts_per_update} x rollout.responses_per_prompt = {responses} are {samples_per_update} "
+            f"samples an update, too few for {dp} data-parallel ranks. Fix: raise train.prompts_per_update to at least {-(-dp // responses)}, "
+            f"raise parallel.tp or parallel.pp, or start fewer ranks"
+        )
+    # Sequence parallelism rounds micro-batches to a multiple of tp.
+    budget = config.train.tokens_per_microbatch
+    usable_budget = budget - budget % (layout.tp if layout.sequence_parallel else 1)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > usable_budget:
+        raise ConfigError(
+            f"train.tokens_per_microbatch = {budget} is {usable_budget} under parallel.sequence_parallel, which rounds it down to a multiple of "
+            f"parallel.tp = {layout.tp}, and cannot hold one sample of {longest} tokens. Fix: raise it to {-(-longest // layout.tp) * layout.tp}"
+        )
+    if longest > architecture.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {config.data.max_prompt_tokens} + {config.rollout.max_response_tokens} "
+            f"= {longest} tokens, more than max_position_embeddings = {architecture.max_position_embeddings} of the model. Fix: lower either"
+        )
+
+    per_rank = max(_parameters_of_stage(architecture, stage, config) for stage in range(layout.pp))
+    return Plan(
+        config=config,
+        architecture=architecture,
+        world_size=world_size,
+        dp=dp,
+        samples_per_step=config.rollout.prompts_per_step * responses,
+        samples_per_update=samples_per_update,
+        longest_sample=longest,
+        optimizer_steps=config.train.steps * config.updates_per_step,
+        num_parameters=sum(math.prod(parameter.shape) for parameter in parameters(architecture)),
+        num_parameters_per_rank=per_rank,
+        memory=_memory(per_rank, dp, config),
+    )
+
+
+def render(plan: Plan) -> str:
+    """The plan as text, for --dry-run and the start of a run."""
+    config, layout, memory = plan.config, plan.config.parallel, plan.memory
+    bf16 = config.model.dtype == "bf16"
+    tokens = plan.samples_per_update * plan.longest_sample
+    optimizer = "fp32 master weights and two moments" if bf16 else "two fp32 moments"
+    sharded = f", sharded over dp {plan.dp}" if config.optimizer.distributed and plan.dp > 1 else ""
+    pipeline = f", {layout.vpp} chunks a pipeline rank" if layout.vpp and layout.vpp > 1 else ""
+    rows = [
+        ("ranks", f"{plan.world_size} = dp {plan.dp} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp}{pipeline}"),
+        (
+            "model",
+            f"{plan.architecture.name}, {plan.num_parameters:,} parameters; at most {plan.num_parameters_per_rank:,} on a rank",
+        ),
+        ("run", f"{config.train.steps:,} steps, {plan.optimizer_steps:,} optimizer steps"),
+        (
+            "step",
+            f"{config.rollout.prompts_per_step:,} prompts x {config.rollout.responses_per_prompt} responses = "
+            f"{plan.samples_per_step:,} samples, in {config.updates_per_step} updates",
+        ),
+        (
+            "update",
+            f"{config.train.prompts_per_update:,} prompts, {plan.samples_per_update:,} samples, at most {tokens:,} tokens; "
+            f"about {plan.samples_per_update / plan.dp:g} samples a data-parallel rank",
+        ),
+        (
+            "micro-batch",
+            f"at most {config.train.tokens_per_microbatch:,} tokens; the longest sample has {plan.longest_sample:,}",
+        ),
+        (
+            "memory",
+            f"{memory.total / GIB:.2f} GiB on the fullest rank: weights {memory.weights / GIB:.2f} ({config.model.dtype}), "
+            f"gradients {memory.gradients / GIB:.2f} (fp32), optimizer {memory.optimizer / GIB:.2f} ({optimizer}{sharded})",
+        ),
+        ("", "not counted: activations, communication buffers, the allocator's waste, and an engine on the same GPU"),
+    ]
+    return "\n".join(f"{name:<13}{text}" for name, text in rows)
+
+
+def _parameters_of_stage(architecture: Architecture, stage: int, config: Config) -> int:
+    """Parameters on one rank of a pipeline stage. Interleaving changes which layers a stage has, not how many."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+    layers_per_stage = architecture.num_layers // pp
+    count = 0
+    for parameter in parameters(architecture):
+        size = parameter.shard(torch.empty(parameter.shape, device="meta"), 0, tp).numel()
+        if parameter.name.startswith("decoder.layers."):
+            count += size * (int(parameter.name.split(".")[2]) // layers_per_stage == stage)
+        elif parameter.name.startswith("embedding."):
+            copied = architecture.tied_embeddings and stage == pp - 1  # as the output layer
+            count += size * (stage == 0 or copied)
+        else:
+            count += size * (stage == pp - 1)
+    return count
+
+
+def _memory(num_parameters: int, dp: int, config: Config) -> Memory:
+    """Gradients are reduced in fp32. The optimizer holds Adam's two moments in fp32 and, for bf16 weights, fp32 masters."""
+    bf16 = config.model.dtype == "bf16"
+    replicas = dp if config.optimizer.distributed else 1
+    return Memory(
+        weights=num_parameters * (2 if bf16 else 4),
+        gradients=num_parameters * 4,
+        optimizer=-(-num_parameters // replicas) * (12 if bf16 else 8),
+    )

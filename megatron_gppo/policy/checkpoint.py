@@ -1,0 +1,213 @@
+"""torch_dist checkpoints: weights alone, or everything that a run needs to go on.
+
+A checkpoint is a folder step_00000040/ with the torch_dist files, hf/ (configuration and tokenizer, so that it can be
+exported by itself) and manifest.json. It is written under a temporary name and renamed when complete, so a folder
+that has its final name is whole. All ranks must see the same file system.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_gppo.convert import Architecture, copy_hf_assets
+from megatron_gppo.parallel import ParallelState
+from megatron_gppo.policy.optimizer import allocate_state
+from megatron_gppo.policy.policy import Policy
+
+METADATA = {
+    # One key a layer, so that any pipeline layout finds its layers.
+    "non_homogeneous_layers": True,
+    # Optimizer state in the shape of the parameters, so that any layout can load it.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used or written. One line: what, where, and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run has come: what its checkpoint's manifest holds."""
+
+    step: int  # steps done; also the version of the weights
+    updates: int  # optimizer steps done
+    data_position: int  # prompts taken
+
+
+def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> None:
+    """Writes a checkpoint, all ranks together. Raises CheckpointError, and then leaves nothing under `folder`."""
+    parallel = policy.parallel
+    partial = folder.with_name(f".{folder.name}.partial")
+
+    def start() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def write() -> None:
+        weights = _weights(policy)
+        state = {
+            **weights,
+            "optimizer": _optimizer_state(policy, weights),
+            "rng": _rng_object(parallel, _get_rng_state()),
+        }
+        dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
+
+    def finish() -> None:
+        copy_hf_assets(hf_path, partial / "hf")
+        manifest = {**asdict(progress), "layout": _layout(parallel)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    doing = f"{folder}: could not be written"
+    _attempt(parallel, start if parallel.rank == 0 else None, doing)
+    _attempt(parallel, write, doing)
+    _attempt(parallel, finish if parallel.rank == 0 else None, doing)
+
+
+def load_weights(folder: Path, policy: Policy) -> None:
+    """Fills the policy from the weights of any checkpoint, converted or saved by a run.
+
+    Raises CheckpointError when it is not one, or one of another model.
+    """
+    check_model(folder, policy.architecture)
+    _attempt(
+        policy.parallel, lambda: _set_weights(policy, _read(folder, _weights(policy))), f"{folder}: could not be read"
+    )
+    policy.optimizer.reload_model_params()  # the fp32 masters
+
+
+def load(folder: Path, policy: Policy) -> Progress:
+    """Restores all that save() wrote, into any layout: the next update is the one that would have followed.
+
+    Random states are those of ranks, so they are restored only into the layout that they came from.
+    """
+    check_model(folder, policy.architecture)
+    manifest = json.loads((folder / MANIFEST).read_text())
+
+    def read() -> None:
+        allocate_state(policy.optimizer)
+        weights = _weights(policy)
+        state = {**weights, "optimizer": _optimizer_state(policy, weights, is_loading=True)}
+        if manifest["layout"] == _layout(policy.parallel):
+            state["rng"] = _rng_object(policy.parallel, None)
+        loaded = _read(folder, state)
+        _set_weights(policy, loaded)
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+        if "rng" in loaded:
+            _set_rng_state(loaded["rng"])
+
+    _attempt(policy.parallel, read, f"{folder}: could not be read")
+    progress = Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
+    policy.scheduler.step(increment=progress.updates)
+    return progress
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The complete checkpoint of the most steps in a run's checkpoints folder."""
+    complete = _complete(checkpoints)
+    return complete[-1] if complete else None
+
+
+def prune(checkpoints: Path, keep_last: int) -> None:
+    """Deletes all but the newest `keep_last` checkpoints, and what interrupted saves left."""
+    for old in _complete(checkpoints)[:-keep_last]:
+        # Renamed first: a deletion that is interrupted must not leave a folder that looks complete.
+        doomed = old.rename(old.with_name(f".{old.name}.partial"))
+        shutil.rmtree(doomed, ignore_errors=True)
+    for leftover in checkpoints.glob(".*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint after so many steps; names sort by step."""
+    return f"step_{step:08d}"
+
+
+def check_model(folder: Path, architecture: Architecture) -> None:
+    """Raises CheckpointError unless `folder` is a checkpoint of this model."""
+    if not (folder / "metadata.json").exists():
+        raise CheckpointError(
+            f"{folder}: not a torch_dist checkpoint (no metadata.json). Fix: convert the model with tools/convert_hf_to_megatron.py"
+        )
+    found = Architecture.from_hf(folder / "hf")
+    for field in fields(Architecture):
+        ours, theirs = getattr(architecture, field.name), getattr(found, field.name)
+        if field.name != "dtype" and ours != theirs:
+            raise CheckpointError(
+                f"{folder}: holds another model: {field.name} is {theirs}, in model.hf_path {ours}. Fix: model.checkpoint or run.dir"
+            )
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    return sorted(path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}"))
+
+
+def _weights(policy: Policy) -> dict[str, Any]:
+    return {f"model{i}": model.sharded_state_dict(metadata=METADATA) for i, model in enumerate(policy.models)}
+
+
+def _set_weights(policy: Policy, loaded: dict[str, Any]) -> None:
+    for i, model in enumerate(policy.models):
+        model.load_state_dict(loaded[f"model{i}"], strict=True)
+
+
+def _optimizer_state(policy: Policy, weights: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+    return policy.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=METADATA)
+
+
+def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+
+
+def _layout(parallel: ParallelState) -> dict[str, int]:
+    return {"world_size": parallel.world_size, "tp": parallel.tp_size, "pp": parallel.pp_size}
+
+
+def _rng_object(parallel: ParallelState, state: dict[str, Any] | None) -> ShardedObject:
+    return ShardedObject("rng", state, (parallel.world_size,), (parallel.rank,))
+
+
+def _get_rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _attempt(parallel: ParallelState, action: Callable[[], None] | None, doing: str) -> None:
+    """Runs `action` on the ranks that have one. If it fails on any, all raise CheckpointError with the first reason."""
+    failure, cause = None, None
+    try:
+        if action is not None:
+            action()
+    except Exception as error:
+        failure, cause = f"{type(error).__name__}: {error}", error
+    for rank, reason in enumerate(parallel.gather(failure)):
+        if reason is not None:
+            raise CheckpointError(f"{doing} (rank {rank}: {reason})") from cause

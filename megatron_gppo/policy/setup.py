@@ -1,0 +1,63 @@
+"""Process groups: torch.distributed for this machine, Megatron's model-parallel groups, and the value that names them."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_gppo.config import Config
+from megatron_gppo.parallel import ParallelState
+from megatron_gppo.policy import cpu_compat
+
+
+def initialize_distributed(config: Config) -> None:
+    """Joins the job that torchrun started: NCCL where there is CUDA, gloo elsewhere."""
+    timeout = timedelta(seconds=config.run.collective_timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl", timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def initialize_model_parallel(config: Config) -> ParallelState:
+    """Creates Megatron's groups over the ranks of the default process group."""
+    cpu_compat.install()
+    layout = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp and layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, round(config.run.collective_timeout_s / 60)),
+        create_gloo_process_groups=True,
+    )
+    # Megatron forks this generator around its tensor-parallel regions even where nothing is drawn from it.
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
+    # Rank 0 generates for everyone, so the others may wait here for a whole rollout.
+    waiting = config.run.collective_timeout_s + config.rollout.request_timeout_s * (1 + config.rollout.max_retries)
+    return ParallelState(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=layout.tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=layout.pp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        control_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting)),
+    )
+
+
+def shut_down() -> None:
+    """Leaves all groups; a second call does nothing."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,252 @@
+"""A managed SGLang server: its command, its start, its supervision and its end.
+
+The server is not a child of the trainer but of a guard (guard.py), in a session of its own: Ctrl-C in the terminal does
+not reach it, and it ends whenever the trainer does.
+"""
+
+import contextlib
+import http.client
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_gppo.config import Config, ConfigError, RolloutConfig
+from megatron_gppo.rollout import cpu_engine
+from megatron_gppo.rollout.engine import Engine, EngineError, Supervised, authorization
+
+GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
+HEALTH_TIMEOUT_S = 5.0
+HEALTH_INTERVAL_S = 0.5
+LOG_TAIL_BYTES = 65536  # searched for a known cause
+LOG_TAIL_LINES = 30  # shown
+OWN_ARGS = ("model_path", "dtype", "host", "port", "api_key", "tp_size", "weight_version")
+
+# torchrun describes the trainer's ranks in these. SGLang forms groups of its own, and with
+# TORCHELASTIC_USE_AGENT_STORE set torch would look for their store in torchrun instead of making one.
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+
+# What is seen in the log of a server that did not come up -> what to do about it; the first match counts.
+FIXES = (
+    ("No module named 'sglang'", "install SGLang into this Python: see 'Installation' in the README"),
+    ("error: unrecognized arguments", "correct rollout.server_args: this SGLang does not know one of them"),
+    ("error: argument", "correct rollout.server_args: SGLang does not accept a value there"),
+    ("address already in use", "set rollout.port to a free one, or to null"),
+    ("out of memory", "lower rollout.server_args.mem_fraction_static, or give the server other GPUs (base_gpu_id)"),
+    ("Not enough memory", "raise rollout.server_args.mem_fraction_static, or give the server more GPUs"),
+    ("SafetensorError", "check the weights in model.hf_path: a file is damaged or incomplete"),
+    ("Cannot find any model weights", "check model.hf_path: it holds no weights"),
+)
+
+
+class ManagedServer:
+    """A server that this process started. The constructor launches it and returns at once; wait_ready() waits.
+
+    Use as a context manager, or call close(). Raises ConfigError when there is no model, the port is
+    in use or server_args repeat a field.
+    """
+
+    def __init__(self, config: Config, log_path: Path) -> None:
+        rollout = config.rollout
+        if not (config.model.hf_path / "config.json").is_file():
+            raise ConfigError(
+                f"model.hf_path = {config.model.hf_path} has no config.json. Fix: give a local HF model folder"
+            )
+        port = _bindable_port(rollout.host, rollout.port)
+        self.url = _url(rollout.host, port)
+        self.log_path = log_path
+        self._command = server_command(config, port)
+        self._api_key = rollout.api_key
+        self._start_timeout_s = rollout.start_timeout_s
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            self._log_start = log.tell()
+            guard = [
+                sys.executable,
+                "-I",
+                str(Path(__file__).with_name("guard.py")),
+                str(os.getpid()),
+                str(GRACE_SECONDS),
+            ]
+            self._guard = subprocess.Popen(
+                [*guard, *self._command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(rollout.engine_tp),
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "ManagedServer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def guard_pid(self) -> int:
+        return self._guard.pid
+
+    def wait_ready(self) -> None:
+        """Returns when the server is healthy. Raises EngineError, and ends the server, if it dies or takes too long."""
+        try:
+            wait_healthy(self.url, self._api_key, self._start_timeout_s, self)
+        except EngineError as error:
+            self.close()
+            raise EngineError(self._report(str(error))) from None
+
+    def alive(self) -> bool:
+        return self._guard.poll() is None
+
+    def check(self) -> None:
+        """Raises EngineError with the end of the log when the server has ended."""
+        if not self.alive():
+            raise EngineError(
+                self._report(f"the SGLang server at {self.url} ended with status {self._guard.returncode}")
+            )
+
+    def close(self) -> None:
+        """Ends the server and everything it started; returns when that is done. Can be called again."""
+        # Not only by closing its stdin: a process that the trainer forked may hold the other end too.
+        self._guard.terminate()
+        try:
+            self._guard.wait(GRACE_SECONDS + 20.0)
+        except subprocess.TimeoutExpired:
+            raise EngineError(
+                f"the SGLang server at {self.url} cannot be killed: guard process {self._guard.pid} is still waiting for it"
+            ) from None
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
+
+    def _report(self, what: str) -> str:
+        with self.log_path.open("rb") as log:
+            log.seek(max(self._log_start, self.log_path.stat().st_size - LOG_TAIL_BYTES))
+            text = log.read().decode(errors="replace")
+        command = shlex.join("***" if part == self._api_key else part for part in self._command)
+        fix = next((fix for sign, fix in FIXES if sign.lower() in text.lower()), "read the log")
+        tail = "\n".join(f"  | {line}" for line in text.splitlines()[-LOG_TAIL_LINES:])
+        return f"{what}. Fix: {fix}\n  command: {command}\n  log: {self.log_path}, which ends:\n{tail}"
+
+
+@contextlib.contextmanager
+def running_engines(config: Config, log_path: Path) -> Iterator[list[Engine]]:
+    """Clients of healthy servers: of one started for the time of the context (managed), or of those at rollout.urls.
+
+    Raises EngineError when one does not come up, or cannot be reached, within rollout.start_timeout_s.
+    """
+    rollout = config.rollout
+    if rollout.mode == "managed":
+        with ManagedServer(config, log_path) as server:
+            server.wait_ready()
+            yield [make_engine(rollout, server.url, server)]
+    elif rollout.mode == "external":
+        for url in rollout.urls:
+            wait_healthy(url, rollout.api_key, rollout.start_timeout_s)
+        yield [make_engine(rollout, url) for url in rollout.urls]
+    else:
+        raise ConfigError("rollout.mode = replay has no engine. Fix: set rollout.mode to managed or external")
+
+
+def make_engine(config: RolloutConfig, url: str, process: Supervised | None = None) -> Engine:
+    return Engine(
+        url,
+        api_key=config.api_key,
+        timeout_s=config.request_timeout_s,
+        max_retries=config.max_retries,
+        process=process,
+    )
+
+
+def wait_healthy(url: str, api_key: str | None, timeout_s: float, server: ManagedServer | None = None) -> None:
+    """Returns when GET /health answers 200. Raises EngineError after timeout_s, or when the server has ended."""
+    # No proxies: urllib would send requests for this very machine to the one in http_proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        request = urllib.request.Request(f"{url.rstrip('/')}/health", headers=authorization(api_key))
+    except ValueError as error:
+        raise ConfigError(f"rollout.urls: {error}. Fix: write it as http://HOST:PORT") from None
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if server is not None and not server.alive():
+            raise EngineError(f"the SGLang server at {url} ended while starting")
+        try:
+            with opener.open(request, timeout=HEALTH_TIMEOUT_S):
+                return
+        except (OSError, http.client.HTTPException) as error:
+            answer = str(error)
+        if time.monotonic() > deadline:
+            raise EngineError(
+                f"the SGLang server at {url} was not healthy within rollout.start_timeout_s = {timeout_s:g} s ({answer})"
+            )
+        time.sleep(HEALTH_INTERVAL_S)
+
+
+def server_command(config: Config, port: int) -> list[str]:
+    """The command line of the server for config.model and config.rollout."""
+    rollout = config.rollout
+    user_args = {name.replace("-", "_"): value for name, value in rollout.server_args.items()}
+    if repeated := sorted(set(OWN_ARGS) & set(user_args)):
+        raise ConfigError(
+            f"rollout.server_args = {rollout.server_args}: {', '.join(repeated)} is set by fields of this configuration. "
+            "Fix: use model.hf_path, model.dtype or rollout.{engine_dtype, host, port, api_key, engine_tp}"
+        )
+    args: dict[str, str | int | float | bool] = {
+        "model_path": str(config.model.hf_path),
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[rollout.engine_dtype or config.model.dtype],
+        "host": rollout.host,
+        "port": port,
+        "tp_size": rollout.engine_tp,
+        "weight_version": 0,
+        "random_seed": config.run.seed,
+        "log_level_http": "warning",  # or the log gets a line for every request
+    }
+    if rollout.api_key is not None:
+        args["api_key"] = rollout.api_key
+    if cpu_engine.is_needed():
+        args |= cpu_engine.SERVER_ARGS
+    args |= user_args
+    command = [sys.executable, "-m", "sglang.launch_server"]
+    for name, value in args.items():
+        if value is False:
+            continue
+        command.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            command.append(str(value))
+    return command
+
+
+def server_environment(engine_tp: int) -> dict[str, str]:
+    """The trainer's environment without what torchrun put there, plus what the CPU engine needs."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in TORCHRUN_VARIABLES and not name.startswith(TORCHRUN_PREFIXES)
+    }
+    if cpu_engine.is_needed():
+        environment |= cpu_engine.environment(engine_tp)
+    return environment
+
+
+def _bindable_port(host: str, port: int | None) -> int:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(address[:2], family=family) as listener:
+            bound: int = listener.getsockname()[1]
+            return bound
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.port = {port}, rollout.host = {host}: {error.strerror}. Fix: end what uses the port, or set "
+            "rollout.port: null for a free one; the host must be an address of this machine"
+        ) from error
+
+
+def _url(host: str, port: int) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

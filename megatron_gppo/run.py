@@ -1,0 +1,139 @@
+"""What a run works with, and how it comes to have it: the run folder, engines, rewards, the policy's weights."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from megatron_gppo.config import Config, ConfigError, dump_config
+from megatron_gppo.convert import Architecture, convert_hf_to_megatron
+from megatron_gppo.data import PromptStream, load_prompts, load_tokenizer
+from megatron_gppo.datatypes import Prompt
+from megatron_gppo.metrics import MetricsLogger
+from megatron_gppo.parallel import ParallelState
+from megatron_gppo.policy import Policy, Progress, checkpoint
+from megatron_gppo.rollout.engine import Engine
+from megatron_gppo.rollout.generate import EngineRollouts, RolloutSource
+from megatron_gppo.rollout.record import RecordingRollouts, ReplayRollouts
+from megatron_gppo.rollout.rewards import RewardPool
+from megatron_gppo.rollout.server import launched_engines
+from megatron_gppo.weight_sync import WeightSync
+
+# In run.dir:
+CHECKPOINTS = "checkpoints"
+CONVERTED = "initial"  # model.hf_path in Megatron's format, unless model.checkpoint names one
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the steps of a run work with."""
+
+    config: Config
+    parallel: ParallelState
+    policy: Policy
+    sync: WeightSync | None  # None in replay: there is no engine
+    rollouts: RolloutSource | None  # rank 0 only, like the two below
+    prompts: PromptStream | None  # None in replay, too
+    logger: MetricsLogger | None
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What rank 0 starts before the policy is built."""
+
+    prompts: Sequence[Prompt]
+    rewards: RewardPool
+    wait_for_engines: Callable[[], list[Engine]]
+
+
+def start_services(config: Config, architecture: Architecture, stack: ExitStack) -> Services | None:
+    """Prepares the run folder and starts rewards and engines, which end with the stack. None in replay."""
+    prepare_run_folder(config, architecture)
+    if config.rollout.mode == "replay":
+        return None
+    prompts = load_prompts(config.data, load_tokenizer(config.model.hf_path), "train")
+    if prompts.num_too_long:
+        print(f"left out {prompts.num_too_long} of {prompts.num_rows} prompts: longer than data.max_prompt_tokens")
+    rewards = RewardPool(config.reward)
+    stack.callback(rewards.close)
+    wait_for_engines = stack.enter_context(launched_engines(config, config.run.dir / "engine.log"))
+    return Services(prompts.prompts, rewards, wait_for_engines)
+
+
+def prepare_run_folder(config: Config, architecture: Architecture) -> None:
+    """Writes the resolved configuration and, if there is no checkpoint to start from, converts the model."""
+    folder = config.run.dir
+    found = checkpoint.newest(folder / CHECKPOINTS)
+    if found is not None and config.run.resume == "never":
+        raise ConfigError(f"run.dir = {folder} holds {found.name}. Fix: another run.dir, or run.resume: auto to go on")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"run.dir = {folder}: {error.strerror}. Fix: give a folder that can be written") from error
+    start = found or config.model.checkpoint
+    if start is not None:
+        checkpoint.check_model(start, architecture)
+    elif not (folder / CONVERTED).exists():
+        convert_hf_to_megatron(config.model.hf_path, folder / CONVERTED)
+
+
+def restore(config: Config, parallel: ParallelState, policy: Policy) -> Progress:
+    """Fills the policy from the run's newest checkpoint, or from where it starts."""
+    found = parallel.from_rank_0(lambda: checkpoint.newest(config.run.dir / CHECKPOINTS))
+    if found is not None:
+        progress = checkpoint.load(found, policy)
+        if parallel.rank == 0:
+            print(f"resumed from {found}: {progress.step} of {config.train.steps} steps are done")
+        return progress
+    checkpoint.load_weights(config.model.checkpoint or config.run.dir / CONVERTED, policy)
+    return Progress(step=0, updates=0, data_position=0)
+
+
+def connect(
+    config: Config,
+    parallel: ParallelState,
+    policy: Policy,
+    progress: Progress,
+    services: Services | None,
+    stack: ExitStack,
+) -> Run:
+    """Gives the engines the policy's weights, and proves that they arrived, before the first step."""
+    logger = None
+    if parallel.rank == 0:
+        logger = MetricsLogger(config.run.dir, first_step=progress.step + 1, num_steps=config.train.steps)
+        stack.enter_context(logger)
+    if config.rollout.replay is not None:
+        replay = ReplayRollouts(config.rollout.replay) if parallel.rank == 0 else None
+        return Run(config, parallel, policy, None, replay, None, logger)
+
+    engines: list[Engine] = []
+
+    def wait_for_engines() -> list[str]:
+        assert services is not None
+        engines.extend(services.wait_for_engines())
+        return [engine.url for engine in engines]
+
+    sync = WeightSync(config, policy.architecture, parallel, parallel.from_rank_0(wait_for_engines))
+    stack.callback(sync.close)
+    untouched = config.rollout.mode == "managed" and config.model.checkpoint is None and progress.step == 0
+    sync.verify_start(policy.shards(), progress.step, engines_hold_policy=untouched)
+    # What the engines compute from now on is what the policy computes, whatever they had loaded before.
+    token_ids = parallel.from_rank_0(lambda: services.prompts[0].token_ids if services is not None else [])
+    sync.verify_probe(token_ids, policy.sequence_logprobs(token_ids))
+    if services is None or logger is None:
+        return Run(config, parallel, policy, sync, None, None, None)
+
+    prompts = PromptStream(
+        services.prompts, shuffle=config.data.shuffle, seed=config.run.seed, position=progress.data_position
+    )
+    rollouts: RolloutSource = EngineRollouts(
+        config.rollout,
+        engines,
+        prompts,
+        services.rewards,
+        prompts_per_update=config.train.prompts_per_update,
+        on_progress=logger.on_progress,
+    )
+    if config.rollout.record is not None:
+        rollouts = RecordingRollouts(rollouts, config.rollout.record)
+    return Run(config, parallel, policy, sync, rollouts, prompts, logger)

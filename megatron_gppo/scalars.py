@@ -1,0 +1,139 @@
+"""A step's results as the scalars and texts that metrics.TAGS documents."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_gppo.algorithm import is_degenerate
+from megatron_gppo.datatypes import Group, Response, Rollout, UpdateStats, Verdict
+
+# Rollout.counts, by tag. An event that did not happen is a 0 in TensorBoard, not a gap.
+EVENTS = {
+    "reward_timeout": "reward/timeouts",
+    "reward_crash": "reward/crashes",
+    "reward_unparsable": "reward/unparsable",
+    "dropped_groups": "rollout/dropped_groups",
+    "missing_groups": "rollout/missing_groups",
+    "surplus_groups": "rollout/surplus_groups",
+    "retried_requests": "rollout/retried_requests",
+    "timed_out_requests": "rollout/timed_out_requests",
+}
+
+
+def step_scalars(rollout: Rollout, updates: Sequence[UpdateStats], seconds: Mapping[str, float]) -> dict[str, float]:
+    """All scalars of a step. seconds is by phase, with "step" for the whole (metrics.Phases)."""
+    tokens = sum(
+        len(group.prompt.token_ids) + len(response.token_ids)
+        for group in rollout.groups
+        for response in group.responses
+    )
+    return {
+        **rollout_scalars(rollout),
+        **update_scalars(updates),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "throughput/tokens_per_s": tokens / seconds["step"],
+    }
+
+
+def rollout_scalars(rollout: Rollout) -> dict[str, float]:
+    """Rewards, lengths and events. A batch without any group has its counts only."""
+    verdicts = [verdict for group in rollout.groups for verdict in group.verdicts]
+    scalars = {
+        "rollout/groups": len(rollout.groups),
+        "rollout/degenerate_groups": sum(is_degenerate(group) for group in rollout.groups),
+        **{tag: rollout.counts.get(event, 0) for event, tag in EVENTS.items()},
+        **{f"seconds/{phase}": value for phase, value in rollout.seconds.items()},
+    }
+    if not verdicts:
+        return scalars
+    rewards = [verdict.reward for verdict in verdicts]
+    responses = [response for group in rollout.groups for response in group.responses]
+    lengths = [len(response.token_ids) for response in responses]
+    scalars |= {
+        "reward/mean": float(np.mean(rewards)),
+        "reward/std": float(np.std(rewards)),
+        "reward/accuracy": float(np.mean([verdict.correct for verdict in verdicts])),
+        "response/tokens_mean": float(np.mean(lengths)),
+        "response/tokens_max": max(lengths),
+        "response/truncated_share": float(np.mean([response.truncated for response in responses])),
+    }
+    if rollout.seconds.get("generate"):
+        scalars["throughput/generated_tokens_per_s"] = sum(lengths) / rollout.seconds["generate"]
+    return scalars
+
+
+def update_scalars(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """Losses, ratios and gradients of a step's updates, whose sums and maxima are policy_loss's metrics.
+
+    Means over tokens are exact over the whole step. A quantity that no update measured is left out.
+    """
+    measured = [update for update in updates if update.num_loss_tokens > 0]
+    scalars: dict[str, float] = {
+        "policy/updates": len(updates),
+        "policy/skipped_updates": sum(update.skipped for update in updates),
+    }
+    if updates:
+        scalars["policy/lr"] = updates[-1].lr
+    if not measured:
+        return scalars
+
+    sums = {key: sum(update.sums[key] for update in measured) for key in measured[0].sums}
+    maxima = {key: float(np.max([update.maxima[key] for update in measured])) for key in measured[0].maxima}
+    num_tokens = sum(update.num_loss_tokens for update in measured)
+    scalars |= {
+        tag: sums[key] / num_tokens
+        for tag, key in {
+            "policy/entropy": "entropy",
+            "policy/kl": "approx_kl",
+            "policy/reference_kl": "reference_kl",
+            "ratio/mean": "ratio",
+            "ratio/left_of_clip": "left_of_clip",
+            "ratio/right_of_clip": "right_of_clip",
+            "ratio/left_of_clip_acting": "left_of_clip_acting",
+            "ratio/right_of_clip_acting": "right_of_clip_acting",
+            "engine/logprob_difference_mean": "abs_rollout_logprob_diff",
+            "engine/logprob_difference_bias": "rollout_logprob_diff",
+        }.items()
+        if key in sums
+    }
+    scalars |= {
+        "policy/loss": float(np.mean([update.loss for update in measured])),
+        "ratio/clamped": sums["clamped_log_ratio"],
+        "ratio/max": maxima["ratio"],
+    }
+    if "abs_rollout_logprob_diff" in maxima:
+        scalars["engine/logprob_difference_max"] = maxima["abs_rollout_logprob_diff"]
+    if updates[0] is measured[0]:
+        scalars["ratio/first_update_max_deviation"] = updates[0].maxima["abs_ratio_minus_one"]
+    grad_norms = [update.grad_norm for update in measured if not update.skipped]
+    if grad_norms:
+        scalars["policy/grad_norm"] = float(np.mean(grad_norms))
+        scalars["policy/grad_norm_max"] = max(grad_norms)
+    return scalars
+
+
+def sample_texts(rollout: Rollout, count: int) -> list[str]:
+    """Markdown of at most `count` samples: the first response of groups evenly spaced over the batch."""
+    count = min(count, len(rollout.groups))
+    groups = [rollout.groups[i * len(rollout.groups) // count] for i in range(count)]
+    return [_sample_text(group, group.responses[0], group.verdicts[0]) for group in groups]
+
+
+def _sample_text(group: Group, response: Response, verdict: Verdict) -> str:
+    facts = [
+        f"reward {verdict.reward:g}",
+        "correct" if verdict.correct else "incorrect",
+        f"ground truth {group.prompt.ground_truth}",
+        f"{len(response.token_ids)} tokens",
+        f"finish reason {response.finish_reason}",
+        f"row {group.prompt.row}",
+    ]
+    if verdict.outcome != "scored":
+        facts.insert(1, verdict.outcome)
+    return f"**{', '.join(facts)}**\n\nprompt:\n\n{_code(group.prompt.text)}\n\nresponse:\n\n{_code(response.text)}"
+
+
+def _code(text: str) -> str:
+    """An indented block: no text can end it, as a fence could be ended."""
+    return textwrap.indent(text or " ", "    ", lambda line: True)

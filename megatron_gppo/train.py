@@ -1,0 +1,189 @@
+"""Training: start with ``torchrun --nproc-per-node N -m megatron_gppo.train --config FILE.yaml [section.key=value ...]``.
+
+Rank 0 also generates: it sends prompts to the engines, has the answers judged, and gives every rank the samples. All
+ranks hold the policy and, after every step, give its weights to the engines.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from megatron_gppo.algorithm import samples_from_groups
+from megatron_gppo.config import Config, ConfigError, load_config
+from megatron_gppo.convert import Architecture
+from megatron_gppo.datatypes import Rollout, Sample
+from megatron_gppo.drift import WorstSample, worst_sample, write_alarm
+from megatron_gppo.errors import MISTAKES, REPORTED, exit_status
+from megatron_gppo.interrupts import Interrupts
+from megatron_gppo.metrics import Phases
+from megatron_gppo.packing import pack_updates
+from megatron_gppo.parallel import PeerFailed
+from megatron_gppo.plan import make_plan, render
+from megatron_gppo.policy import (
+    CheckpointError,
+    Policy,
+    Progress,
+    checkpoint,
+    initialize_distributed,
+    initialize_model_parallel,
+    shut_down,
+)
+from megatron_gppo.rollout.generate import RolloutCancelled
+from megatron_gppo.run import CHECKPOINTS, Run, connect, restore, start_services
+from megatron_gppo.scalars import sample_texts, step_scalars
+from megatron_gppo.weight_sync import WeightSync
+
+
+def train_step(run: Run, done: Progress) -> Progress | None:
+    """One rollout batch: generate, score, update, sync, save, log. None if it was cancelled while generating."""
+    config, policy, parallel, phases = run.config, run.policy, run.parallel, Phases()
+    step = done.step + 1
+
+    with phases("rollout"):  # groups of judged responses on rank 0, samples with advantages everywhere
+        rollout, samples = generate(run, step)
+    if samples is None:
+        return None
+
+    with phases("score"):  # this rank's packed micro-batches, with the log-probs of the policy as it is now
+        updates = pack_updates(
+            samples,
+            groups_per_update=config.train.prompts_per_update,
+            dp_rank=parallel.dp_rank,
+            dp_size=parallel.dp_size,
+            tokens_per_microbatch=config.train.tokens_per_microbatch,
+            alignment=policy.alignment,
+            microbatches_multiple_of=policy.microbatches_multiple_of,
+        )
+        batches = policy.add_old_logprobs(updates)
+        worst = worst_sample(batches, samples, parallel)
+
+    with phases("train"):  # several optimizer steps against the same old log-probs
+        stats = [policy.update(batch) for batch in batches]
+
+    with phases("sync"):
+        if run.sync is not None:
+            run.sync.sync(policy.shards(), version=step)
+            if step % config.sync.verify_every == 0:
+                probe(run, run.sync, samples[0])
+
+    progress = Progress(step, done.updates + len(stats), run.prompts.position if run.prompts is not None else 0)
+    with phases("checkpoint"):
+        if step % config.run.save_every == 0 or step == config.train.steps:
+            save(run, progress)
+
+    if run.logger is not None and rollout is not None:
+        scalars = step_scalars(rollout, stats, phases.seconds)
+        run.logger.log_step(step, scalars, sample_texts(rollout, config.run.log_samples))
+        warn_of_drift(config, step, worst, rollout)
+    return progress
+
+
+def generate(run: Run, step: int) -> tuple[Rollout | None, list[Sample] | None]:
+    """The step's rollout on rank 0, and its samples on every rank; (None, None) if the user cancelled it."""
+    rollout: Rollout | None = None
+
+    def samples_of_rollout() -> list[Sample] | None:
+        nonlocal rollout
+        assert run.rollouts is not None
+        try:
+            rollout = run.rollouts.next(step, policy_version=step - 1)
+        except RolloutCancelled:
+            return None
+        return samples_from_groups(rollout.groups)
+
+    samples = run.parallel.from_rank_0(samples_of_rollout)
+    return rollout, samples
+
+
+def probe(run: Run, sync: WeightSync, sample: Sample) -> None:
+    """Compares log-probs of one sample between policy and engines. Raises WeightSyncError if they differ."""
+    token_ids = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
+    sync.verify_probe(token_ids, run.policy.sequence_logprobs(token_ids))
+
+
+def warn_of_drift(config: Config, step: int, worst: WorstSample | None, rollout: Rollout) -> None:
+    if worst is not None and not worst.difference <= config.rollout.logprob_alarm:
+        path = write_alarm(config.run.dir / "alarms", step, worst, rollout)
+        print(
+            f"warning: step {step}: engine and policy log-probs of a sample differ by {worst.difference:.3g} nats a token on average, "
+            f"more than rollout.logprob_alarm = {config.rollout.logprob_alarm:g}; kept in {path}",
+            file=sys.stderr,
+        )
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Writes a checkpoint, unless it is there, and deletes the oldest."""
+    checkpoints = run.config.run.dir / CHECKPOINTS
+    folder = checkpoints / checkpoint.folder_name(progress.step)
+    if run.parallel.from_rank_0(lambda: folder != checkpoint.newest(checkpoints)):
+        checkpoint.save(folder, run.policy, progress, run.config.model.hf_path)
+        run.parallel.from_rank_0(lambda: checkpoint.prune(checkpoints, run.config.run.keep_last))
+
+
+def train(config: Config, architecture: Architecture) -> signal.Signals | None:
+    """Runs the steps that are left. Called by every rank that torchrun started.
+
+    Returns the signal that ended the run early, its progress saved; None when the last step is done.
+    """
+    with ExitStack() as stack:
+        # First what can fail, and what takes long to start: no GPU is held meanwhile.
+        services = start_services(config, architecture, stack) if os.environ["RANK"] == "0" else None
+        initialize_distributed(config)
+        stack.callback(shut_down)
+        parallel = initialize_model_parallel(config)
+        policy = Policy(config, architecture, parallel)
+        progress = restore(config, parallel, policy)
+        run = connect(config, parallel, policy, progress, services, stack)
+
+        with Interrupts(run.rollouts.cancel if run.rollouts is not None else lambda: None) as interrupts:
+            while progress.step < config.train.steps:
+                advanced = train_step(run, progress)
+                progress = advanced or progress
+                requested = [signum for signum in parallel.gather(interrupts.requested) if signum is not None]
+                if requested:
+                    save(run, progress)
+                    return requested[0]
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns its exit status: 0 done, 1 failed, 2 a mistake in the configuration, 128 + a signal."""
+    parser = argparse.ArgumentParser(prog="megatron_gppo.train", description="Train with CE-GPPO.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see the README for its fields")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for so many ranks")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the file")
+    options = parser.parse_intermixed_args(arguments)
+    rank = int(os.environ.get("RANK", 0))
+    world_size = options.world_size if options.dry_run and options.world_size else int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        config = load_config(options.config, options.overrides)
+        architecture = Architecture.from_hf(config.model.hf_path)
+        plan = make_plan(config, architecture, world_size)
+        if rank == 0:
+            print(render(plan), flush=True)
+        if options.dry_run:
+            return 0
+        if "RANK" not in os.environ:
+            raise ConfigError(
+                "this process was not started by torchrun. Fix: torchrun --nproc-per-node N -m megatron_gppo.train "
+                "--config FILE, or megatron-gppo train --config FILE"
+            )
+        ended_by = train(config, architecture)
+    except (*REPORTED, CheckpointError) as error:
+        # Mistakes are found by every rank alike.
+        if rank == 0 or not isinstance(error, MISTAKES):
+            print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
+    except PeerFailed:  # which says why
+        return 1
+    if ended_by is not None and rank == 0:
+        print(f"ended by {ended_by.name}; progress is saved, and the same command goes on from there", file=sys.stderr)
+    return 0 if ended_by is None else 128 + ended_by
+
+
+if __name__ == "__main__":  # the guard matters: checkpoints are written by processes that import this module
+    sys.exit(main())

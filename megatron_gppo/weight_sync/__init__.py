@@ -1,0 +1,6 @@
+"""Weights from the policy to the engines: export, push, and proof that they arrived."""
+
+from megatron_gppo.weight_sync.endpoint import WeightSyncError
+from megatron_gppo.weight_sync.sync import SyncStats, WeightSync
+
+__all__ = ["SyncStats", "WeightSync", "WeightSyncError"]

@@ -1,0 +1,171 @@
+"""The control endpoints of one SGLang server that a weight update needs, as plain blocking HTTP calls."""
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_gppo.weight_sync.export import Bucket
+
+
+class WeightSyncError(RuntimeError):
+    """Weights did not reach an engine, or not the right ones. The message names the phase and the engine's URL."""
+
+
+class _UnknownPathError(WeightSyncError):
+    """The server has no such endpoint."""
+
+
+class WeightEndpoint:
+    """One server. Every method raises WeightSyncError, naming URL, path and the server's answer, when the call fails or
+    takes longer than `timeout_s`.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout_s = timeout_s
+        self._in_session = False
+        # Engines are peers inside the cluster: an http_proxy in the environment is not meant for them.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def tp_size(self) -> int:
+        """Tensor-parallel ranks of the engine: each receives the weights itself."""
+        info = self._call("/server_info")
+        for size in ("pp_size", "dp_size"):
+            if info.get(size, 1) != 1:
+                raise WeightSyncError(
+                    f"{self.url} runs with {size} = {info[size]}; weights can be sent to engines with {size} = 1 only. "
+                    f"Fix: start several servers instead"
+                )
+        return int(info["tp_size"])
+
+    def weight_version(self) -> str:
+        return str(self._call("/model_info").get("weight_version"))
+
+    def join_group(
+        self, *, address: str, port: int, rank_offset: int, world_size: int, name: str, backend: str
+    ) -> None:
+        """Returns when the engine's ranks, rank_offset and following, have met the others of the group."""
+        self._call(
+            "/init_weights_update_group",
+            {
+                "master_address": address,
+                "master_port": port,
+                "rank_offset": rank_offset,
+                "world_size": world_size,
+                "group_name": name,
+                "backend": backend,
+            },
+        )
+
+    def leave_group(self, name: str) -> None:
+        self._call("/destroy_weights_update_group", {"group_name": name})
+
+    def pause(self) -> None:
+        """Ends what is being generated, and lets new requests wait: none must see half-updated weights."""
+        self._call("/pause_generation", {"mode": "abort"})
+
+    def resume(self) -> None:
+        self._call("/continue_generation", {})
+
+    def begin_update(self) -> None:
+        """Opens the session that servers since 0.5.23 demand around weight updates; older ones have none."""
+        try:
+            self._call("/begin_weight_update", {})
+        except _UnknownPathError:
+            return
+        except WeightSyncError as error:
+            # A trainer that was killed in the middle of a sync leaves its session open on an external server.
+            if "already open" not in str(error):
+                raise
+            self._call("/end_weight_update", {})
+            self._call("/begin_weight_update", {})
+        self._in_session = True
+
+    def end_update(self) -> None:
+        if self._in_session:
+            self._call("/end_weight_update", {})
+            self._in_session = False
+
+    def receive(self, bucket: Bucket, *, group: str, version: str | None) -> None:
+        """Returns when the engine has received the bucket's broadcast in `group` and loaded it.
+
+        With a version, given for the last bucket, the server takes that as the version of its weights and forgets the
+        KV cache of the old ones.
+        """
+        self._call(
+            "/update_weights_from_distributed",
+            {
+                "names": bucket.names,
+                "dtypes": [str(bucket.dtype).removeprefix("torch.")] * len(bucket.names),
+                "shapes": [list(shape) for shape in bucket.shapes],
+                "group_name": group,
+                "load_format": "flattened_bucket",
+                "weight_version": version,
+                "flush_cache": version is not None,
+            },
+        )
+
+    def checksums(self) -> dict[str, str]:
+        """A hash of each of the engine's own tensors (fused, a part per TP rank), by name and rank."""
+        answer = self._call("/weights_checker", {"action": "checksum"})
+        return {
+            f"{name} (tp rank {rank['parallelism_info'][0]['tp_rank']})": checksum
+            for rank in answer["ranks"]
+            for name, checksum in rank["checksums"].items()
+        }
+
+    def reset_tensors(self) -> None:
+        """Overwrites all weights with random numbers."""
+        self._call("/weights_checker", {"action": "reset_tensors"})
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Log-probs of token_ids[1:], each given what is before it: [L-1] fp32, in nats, at temperature 1.
+
+        SGLang scales by the temperature what it generates, but never the log-probs of a prompt.
+        """
+        answer = self._call(
+            "/generate",
+            {
+                "input_ids": list(token_ids),
+                "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            },
+        )
+        logprobs = answer["meta_info"]["input_token_logprobs"]
+        return torch.tensor([logprob for logprob, _, _ in logprobs[1:]], dtype=torch.float32)
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """POSTs the body, or GETs without one."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
+        try:
+            with self._opener.open(request, timeout=self._timeout_s) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            kind = _UnknownPathError if error.code == 404 else WeightSyncError
+            raise kind(f"{self.url}{path} answered {error.code}: {_message(error.read())}") from error
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", error)
+            if isinstance(cause, TimeoutError):
+                raise WeightSyncError(f"{self.url}{path} did not answer within {self._timeout_s:g} s") from error
+            raise WeightSyncError(f"{self.url}{path} failed: {cause or type(cause).__name__}") from error
+        except ValueError as error:
+            raise WeightSyncError(f"{self.url}{path} did not answer with JSON: {error}") from error
+
+
+def _message(answer: bytes) -> str:
+    """What a server says went wrong: SGLang's "message", FastAPI's "detail", or the text as it is."""
+    try:
+        fields = json.loads(answer)
+        return str(fields.get("message") or fields.get("detail") or fields)
+    except (ValueError, AttributeError):
+        return answer.decode(errors="replace")[:1000]

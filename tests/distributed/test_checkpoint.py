@@ -1,0 +1,156 @@
+"""Checkpoints by real ranks: training that went through one goes on as if it had not, in any layout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_gppo.convert import convert_hf_to_megatron
+from megatron_gppo.policy import CheckpointError, Policy, Progress, checkpoint
+from tests.support.distributed import run_ranks
+from tests.support.policy import LAYOUTS, build_policy, make_config, make_samples, pack
+from tests.support.tiny import make_tiny_model
+
+PROGRESS = Progress(step=1, updates=2, data_position=8)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=True)
+
+
+def train_one_step(policy: Policy, seed: int) -> None:
+    samples = make_samples(8, 4, policy.architecture.vocab_size, seed)
+    for batch in policy.add_old_logprobs(pack(policy, samples)):
+        stats = policy.update(batch)
+        assert not stats.skipped
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: shard.clone() for name, shard in policy.shards().items()}
+
+
+def empty_policy(hf_folder: Path, layout: str, **optimizer: Any) -> Policy:
+    config = make_config(hf_folder, LAYOUTS[layout], optimizer={"lr": 1e-3, "warmup_updates": 1, **optimizer})
+    policy = build_policy(config)
+    for _, parameter in policy.named_parameters():
+        parameter.data.zero_()  # whatever is not loaded shows
+    policy.optimizer.reload_model_params()
+    return policy
+
+
+def two_steps(rank: int, hf_folder: Path, folder: Path, layout: str, distributed: bool) -> Any:
+    config = make_config(
+        hf_folder, LAYOUTS[layout], optimizer={"lr": 1e-3, "warmup_updates": 1, "distributed": distributed}
+    )
+    policy = build_policy(config)
+    train_one_step(policy, seed=1)
+    checkpoint.save(folder / checkpoint.folder_name(1), policy, PROGRESS, hf_folder)
+    saved = weights(policy)
+    train_one_step(policy, seed=2)
+    return saved, weights(policy)
+
+
+def load_and_step(rank: int, hf_folder: Path, folder: Path, layouts: list[str], distributed: bool) -> Any:
+    results = {}
+    for layout in layouts:
+        policy = empty_policy(hf_folder, layout, distributed=distributed)
+        assert checkpoint.load(folder / checkpoint.folder_name(1), policy) == PROGRESS
+        loaded = weights(policy)
+        train_one_step(policy, seed=2)
+        results[layout] = loaded, weights(policy), policy.parallel.tp_rank
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_next_step_is_the_one_that_would_have_followed(hf_folder: Path, tmp_path: Path, distributed: bool) -> None:
+    before = run_ranks(2, two_steps, hf_folder, tmp_path, "dp2", distributed)
+    after = run_ranks(2, load_and_step, hf_folder, tmp_path, ["dp2", "tp2", "pp2_vpp2"], distributed)
+    for rank in range(2):
+        for uninterrupted, resumed in zip(before[rank], after[rank]["dp2"][:2], strict=True):
+            for name in uninterrupted:
+                assert torch.equal(uninterrupted[name], resumed[name]), name
+    for layout in ("tp2", "pp2_vpp2"):
+        for rank in range(2):
+            _, resumed, tp_rank = after[rank][layout]
+            for name, shard in resumed.items():
+                assert_part_of(before[0][1][name], shard, tp_rank, name)
+
+
+def assert_part_of(full: torch.Tensor, shard: torch.Tensor, tp_rank: int, name: str) -> None:
+    """Replicated tensors and first axes of rows are enough to tell; layouts themselves are tested with the conversion."""
+    if shard.shape == full.shape:
+        torch.testing.assert_close(shard, full, rtol=0, atol=2e-6, msg=name)
+    elif "linear_proj" in name or "linear_fc2" in name:
+        columns = shard.shape[1]
+        torch.testing.assert_close(shard, full[:, tp_rank * columns : (tp_rank + 1) * columns], rtol=0, atol=2e-6)
+
+
+def load_converted(rank: int, hf_folder: Path, converted: Path, layouts: list[str]) -> bool:
+    for layout in layouts:
+        expected = build_policy(make_config(hf_folder, LAYOUTS[layout]))
+        want = weights(expected)
+        parallel_state.destroy_model_parallel()
+        policy = empty_policy(hf_folder, layout)
+        checkpoint.load_weights(converted, policy)
+        got = weights(policy)
+        assert got.keys() == want.keys()
+        for name in want:
+            assert torch.equal(got[name], want[name]), (layout, name)
+        parallel_state.destroy_model_parallel()
+    return True
+
+
+def test_a_converted_checkpoint_loads_in_every_layout(hf_folder: Path, tmp_path: Path) -> None:
+    convert_hf_to_megatron(hf_folder, tmp_path / "converted")
+    assert all(run_ranks(2, load_converted, hf_folder, tmp_path / "converted", ["dp2", "tp2", "pp2", "pp2_vpp2"]))
+
+
+def load_wrong(rank: int, hf_folder: Path, other: Path, no_checkpoint: Path) -> list[str]:
+    config = make_config(hf_folder)
+    policy = build_policy(config)
+    messages = []
+    for folder in (other, no_checkpoint):
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.load_weights(folder, policy)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_a_checkpoint_of_another_model_is_refused(hf_folder: Path, tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", hidden_size=32)
+    convert_hf_to_megatron(other, tmp_path / "converted")
+    ((another, missing),) = run_ranks(1, load_wrong, hf_folder, tmp_path / "converted", tmp_path / "nothing")
+    assert "hidden_size is 32, in model.hf_path 64" in another
+    assert "not a torch_dist checkpoint" in missing
+
+
+def save_where_it_cannot(rank: int, hf_folder: Path, folder: Path) -> list[str]:
+    policy = build_policy(make_config(hf_folder))
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.save(folder / checkpoint.folder_name(1), policy, PROGRESS, hf_folder)
+    return [str(error.value)]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_nothing(hf_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for (message,) in run_ranks(2, save_where_it_cannot, hf_folder, tmp_path / "file"):
+        assert "could not be written (rank 0: NotADirectoryError" in message
+
+
+def test_only_complete_checkpoints_are_found_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        folder = tmp_path / checkpoint.folder_name(step)
+        folder.mkdir()
+        (folder / checkpoint.MANIFEST).write_text(json.dumps({}))
+    (tmp_path / checkpoint.folder_name(20)).mkdir()  # no manifest
+    (tmp_path / ".step_00000025.partial").mkdir()
+    assert checkpoint.newest(tmp_path) == tmp_path / checkpoint.folder_name(15)
+    checkpoint.prune(tmp_path, keep_last=2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["step_00000010", "step_00000015", "step_00000020"]
+    assert checkpoint.newest(tmp_path / "nowhere") is None

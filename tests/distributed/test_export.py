@@ -1,0 +1,150 @@
+"""The exported buckets are the HF tensors, bit for bit, from every layout; a failing engine ends all ranks alike."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_gppo.config import parse_config
+from megatron_gppo.convert import Architecture, parameters
+from megatron_gppo.parallel import PeerFailed
+from megatron_gppo.weight_sync import WeightSync, WeightSyncError
+from megatron_gppo.weight_sync.export import Bucket, Exporter
+from tests.support.distributed import run_ranks
+from tests.support.policy_shards import cut, hf_tensors, make_parallel_state
+from tests.support.tiny import make_tiny_model
+
+BUCKET_BYTES = 40_000  # several buckets a stage; linear_fc1 and larger ones get one of their own
+
+
+@dataclass(frozen=True)
+class Case:
+    folder: Path
+    layout: dict[str, int]
+    interleaved: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+def export_rank(rank: int, cases: list[Case]) -> list[tuple[int, list[Bucket]]]:
+    return [export_case(rank, case) for case in cases]
+
+
+def export_case(rank: int, case: Case) -> tuple[int, list[Bucket]]:
+    architecture = Architecture.from_hf(case.folder)
+    parallel = make_parallel_state(rank, **case.layout)
+    shards = cut(architecture, hf_tensors(case.folder), parallel, interleaved=case.interleaved)
+    exporter = Exporter(parameters(architecture), shards, parallel, case.dtype, BUCKET_BYTES)
+    first = list(exporter.export(shards))
+    second = list(exporter.export(shards))
+    assert [bucket.names for bucket in first] == [bucket.names for bucket in second]
+    return exporter.num_buckets, second
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("hf")
+    return {
+        "qwen2": make_tiny_model(root / "qwen2"),
+        "qwen2 tied": make_tiny_model(root / "qwen2-tied", tie_word_embeddings=True),
+        "qwen3 tied": make_tiny_model(root / "qwen3-tied", "Qwen3ForCausalLM", tie_word_embeddings=True),
+    }
+
+
+def check_exports(world_size: int, cases: list[Case]) -> None:
+    by_rank = run_ranks(world_size, export_rank, cases)
+    for index, case in enumerate(cases):
+        expected = hf_tensors(case.folder)
+        num_buckets, buckets = by_rank[0][index]
+        names = [name for bucket in buckets for name in bucket.names]
+        assert len(buckets) == num_buckets > 4, case
+        assert len(names) == len(set(names)), case
+        assert set(names) == set(expected), case
+        for bucket in buckets:
+            for name, tensor in bucket.tensors().items():
+                assert torch.equal(tensor, expected[name].to(case.dtype)), (case, name)
+        assert all(results[index] == (num_buckets, []) for results in by_rank[1:]), case
+
+
+def test_two_ranks_export_the_hf_tensors(folders: dict[str, Path]) -> None:
+    check_exports(
+        2,
+        [
+            Case(folders["qwen2"], {"tp": 2}),
+            Case(folders["qwen2"], {"tp": 2}, dtype=torch.bfloat16),
+            Case(folders["qwen3 tied"], {"tp": 2}),
+            Case(folders["qwen2"], {"pp": 2}),
+            Case(folders["qwen2 tied"], {"pp": 2}),
+            Case(folders["qwen3 tied"], {"pp": 2}, interleaved=True),
+            Case(folders["qwen2"], {"dp": 2}),
+        ],
+    )
+
+
+def test_four_ranks_export_the_hf_tensors(folders: dict[str, Path]) -> None:
+    check_exports(
+        4,
+        [
+            Case(folders["qwen2"], {"tp": 2, "pp": 2}),
+            Case(folders["qwen2 tied"], {"tp": 2, "pp": 2}, interleaved=True),
+            Case(folders["qwen3 tied"], {"pp": 2, "dp": 2}),
+            Case(folders["qwen2"], {"tp": 2, "dp": 2}),
+            Case(folders["qwen2"], {"tp": 4}),  # more ranks than KV heads
+        ],
+    )
+
+
+def refuse_wrong_shards(rank: int, folder: Path) -> str:
+    architecture = Architecture.from_hf(folder)
+    parallel = make_parallel_state(rank, tp=2)
+    shards = cut(architecture, hf_tensors(folder), parallel)
+    if rank == 1:
+        shards["decoder.final_layernorm.weight"] = shards["decoder.final_layernorm.weight"][:-1]
+    with pytest.raises(ValueError, match="does not fit") as error:
+        Exporter(parameters(architecture), shards, parallel, torch.float32, BUCKET_BYTES)
+    return str(error.value)
+
+
+def test_one_rank_s_wrong_shard_is_named_on_every_rank(folders: dict[str, Path]) -> None:
+    messages = run_ranks(2, refuse_wrong_shards, folders["qwen2"])
+
+    assert messages[0] == messages[1]
+    assert "rank 1 has decoder.final_layernorm.weight of shape (63,), not (64,)" in messages[0]
+
+
+def sync_to_nobody(rank: int, folder: Path, url: str) -> tuple[str, str]:
+    architecture = Architecture.from_hf(folder)
+    parallel = make_parallel_state(rank, tp=2)
+    shards = cut(architecture, hf_tensors(folder), parallel)
+    config = parse_config(
+        {
+            "model": {"hf_path": str(folder), "dtype": "fp32"},
+            "run": {"dir": "unused"},
+            "data": {"train": "unused"},
+            "algorithm": {"preset": "paper"},
+            "rollout": {"mode": "external", "urls": [url]},
+        }
+    )
+    weight_sync = WeightSync(config, architecture, parallel, [url])
+    messages = []
+    for attempt in (
+        lambda: weight_sync.sync(shards, 1),
+        lambda: weight_sync.verify_probe([1, 2, 3], torch.zeros(2)),
+    ):
+        with pytest.raises(WeightSyncError if rank == 0 else PeerFailed) as error:
+            attempt()
+        messages.append(str(error.value))
+    weight_sync.close()
+    return messages[0], messages[1]
+
+
+def test_an_engine_that_is_gone_fails_every_rank(folders: dict[str, Path]) -> None:
+    url = "http://127.0.0.1:9"  # the discard port: nobody listens
+
+    results = run_ranks(2, sync_to_nobody, folders["qwen2"], url)
+
+    for sync_message, probe_message in results:
+        assert "phase 'read the engine's layout'" in sync_message
+        assert "phase 'probe'" in probe_message
+        assert url in sync_message
+        assert url in probe_message

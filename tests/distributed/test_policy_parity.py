@@ -1,0 +1,105 @@
+"""The Megatron policy against HF transformers in one process, and against itself over layouts and micro-batchings.
+
+Bounds are what fp32 gives on tiny models; a layout that is off by 1e-3 is wrong, not imprecise. The layouts of one
+world size share their processes, since starting those takes longer than the computation.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_gppo.convert import Architecture
+from megatron_gppo.packing import unpack
+from megatron_gppo.policy import step
+from tests.support.distributed import run_ranks
+from tests.support.policy import (
+    LAYOUTS,
+    Reference,
+    build_policy,
+    hf_gradients,
+    main_gradients,
+    make_config,
+    make_samples,
+    pack,
+    perturbed_old_logprobs,
+)
+from tests.support.tiny import make_tiny_model
+
+GROUPS, GROUP_SIZE = 4, 4
+
+
+def differentiate(rank: int, hf_folders: list[Path], layouts: list[str], budgets: list[int]) -> dict[Any, Any]:
+    """Scores, and the gradient of one update, for every model, layout and token budget: runs on each rank."""
+    results = {}
+    for hf_folder in hf_folders:
+        for layout in layouts:
+            for budget in budgets:
+                config = make_config(
+                    hf_folder,
+                    LAYOUTS[layout],
+                    train={"tokens_per_microbatch": budget},
+                    optimizer={"distributed": False},
+                )
+                policy = build_policy(config)
+                samples = make_samples(GROUPS, GROUP_SIZE, policy.architecture.vocab_size)
+                updates = pack(policy, samples)
+                (scored,) = policy.add_old_logprobs(updates)
+                (batch,) = perturbed_old_logprobs(policy, updates, samples)
+                for chunk in policy.chunks:
+                    chunk.zero_grad_buffer()
+                statistics = step.accumulate_gradients(policy.network, batch, config.algorithm)
+                logprobs = unpack(scored.old_logprobs, scored.update.microbatches)
+                results[hf_folder, layout, budget] = logprobs, main_gradients(policy), statistics
+                parallel_state.destroy_model_parallel()
+    return results
+
+
+@pytest.fixture(scope="module")
+def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A tied Qwen2 and an untied Qwen3 cover both embeddings, QKV bias, and query and key norms."""
+    return [
+        make_tiny_model(tmp_path_factory.mktemp("qwen2"), "Qwen2ForCausalLM", tie_word_embeddings=True),
+        make_tiny_model(tmp_path_factory.mktemp("qwen3"), "Qwen3ForCausalLM", tie_word_embeddings=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [
+        (1, ["single"]),
+        (2, ["tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2"]),
+        (4, ["tp4_sp", "tp2_pp2", "tp2_pp2_sp_vpp2", "tp2_dp2", "pp2_dp2", "dp4"]),
+    ],
+)
+def test_every_layout_equals_hf(hf_folders: list[Path], world_size: int, layouts: list[str]) -> None:
+    ranks = run_ranks(world_size, differentiate, hf_folders, layouts, [128, 96, 512])
+    for hf_folder in hf_folders:
+        architecture = Architecture.from_hf(hf_folder)
+        reference = Reference(make_config(hf_folder))
+        samples = make_samples(GROUPS, GROUP_SIZE, architecture.vocab_size)
+        expected = reference.gradient(samples)
+        for case in (case for case in ranks[0] if case[0] == hf_folder):
+            scored: dict[int, Any] = {}
+            for rank in ranks:
+                scored |= rank[case][0]
+            assert sorted(scored) == list(range(len(samples))), case
+            for index, sample in enumerate(samples):
+                logprobs = reference.logprobs(sample)[0].detach()
+                torch.testing.assert_close(torch.from_numpy(scored[index]), logprobs, rtol=0, atol=5e-6, msg=str(case))
+            assert_same_gradient(hf_gradients(architecture, [rank[case][1] for rank in ranks]), expected, case)
+            assert all(rank[case][2] == ranks[0][case][2] for rank in ranks), "the statistics differ between ranks"
+            assert ranks[0][case][2][1]["num_tokens"] == sum(len(sample.response_ids) for sample in samples)
+
+
+def assert_same_gradient(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: Any) -> None:
+    """At most 5e-6 over all parameters and 2e-5 for any one tensor, relative in norm."""
+    assert actual.keys() == expected.keys()
+    difference = {name: (actual[name] - expected[name]).double().norm() for name in expected}
+    size = {name: expected[name].double().norm() for name in expected}
+    total = torch.stack(list(difference.values())).norm() / torch.stack(list(size.values())).norm()
+    assert total < 5e-6, f"{case}: relative difference {total:.2e} over all parameters"
+    for name in expected:
+        assert difference[name] < 2e-5 * size[name], f"{case}, {name}: {difference[name] / size[name]:.2e}"

@@ -1,0 +1,60 @@
+"""Stand-ins for our own Engine and Judge in unit tests. Nothing here claims to generate."""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+from megatron_gppo.config import SamplingConfig
+from megatron_gppo.datatypes import Prompt, Response, Verdict
+from megatron_gppo.rollout.engine import Engine, EngineError
+
+
+class FakeEngine(Engine):
+    """Answers prompt [row] with n responses [row, i, 1] after a moment that differs from prompt to prompt."""
+
+    def __init__(self, url: str = "http://fake", *, version: int = 0, fails_on: int | None = None) -> None:
+        super().__init__(url)
+        self.version = version
+        self.fails_on = fails_on
+        self.in_flight = self.most_in_flight = self.finished = self.aborts = 0
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str]
+    ) -> list[Response]:
+        [row] = prompt_ids
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(0.001 * (-row % 5))
+            if row == self.fails_on:
+                raise EngineError(f"prompt {row} failed")
+            self.finished += 1
+            return [Response([row, i, 1], [-0.5] * 3, f"{row}.{i}", "stop", self.version) for i in range(n)]
+        finally:
+            self.in_flight -= 1
+
+    async def abort(self) -> None:
+        self.aborts += 1
+
+
+class FakeJudge:
+    """Rewards the first response of each prompt, except where `equal_rows` says that all get 0."""
+
+    def __init__(self, equal_rows: Any = ()) -> None:
+        self.equal_rows = equal_rows
+
+    async def judge(self, prompt: Prompt, responses: list[Response]) -> list[Verdict]:
+        correct = [index == 0 and prompt.row not in self.equal_rows for index in range(len(responses))]
+        return [Verdict(float(right), right, "scored") for right in correct]
+
+
+class CountingPrompts:
+    """Prompts 0, 1, 2, ... without end."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def take(self, n: int) -> list[Prompt]:
+        rows = range(self.taken, self.taken + n)
+        self.taken += n
+        return [Prompt(row, [row], f"prompt {row}", str(row), "fake") for row in rows]

@@ -1,0 +1,272 @@
+"""Log-probs and entropy, in value and gradient, against fp64 over whole logits. Tensor parallel: tests/distributed."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_gppo.algorithm import linear_logprobs_and_entropy, logprobs, vocab_parallel_logprobs_and_entropy
+from tests.support.logprob_reference import LogprobCase, random_case, reference_logprobs, relative_error
+
+FP32_TOLERANCE = 5e-6
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_()
+
+
+def backward(case: LogprobCase, values: Tensor, entropy: Tensor | None, entropy_requires_grad: bool) -> None:
+    total = (values * case.grad_logprobs).sum()
+    if entropy_requires_grad:
+        total = total + (entropy * case.grad_entropy).sum()
+    total.backward()
+
+
+@pytest.mark.parametrize("entropy_requires_grad", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(
+    ("tokens", "hidden_size", "rows", "vocab_size"),
+    [(9, 16, 4500, 4481), (1, 3, 7, 7), (13, 5, 2049, 2049), (6, 8, 4096, 2048), (4, 8, 3, 1)],
+    ids=["padded, three tiles", "one token", "one column in the last tile", "padding is a whole tile", "one id"],
+)
+def test_linear_matches_fp64(
+    tokens: int, hidden_size: int, rows: int, vocab_size: int, temperature: float, entropy_requires_grad: bool
+) -> None:
+    case = random_case(tokens, hidden_size, rows, vocab_size)
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    values, entropy = linear_logprobs_and_entropy(
+        hidden,
+        weight,
+        case.targets,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        entropy_requires_grad=entropy_requires_grad,
+    )
+    assert (values.dtype, entropy.dtype, entropy.requires_grad) == (torch.float32, torch.float32, entropy_requires_grad)
+    backward(case, values, entropy, entropy_requires_grad)
+    expected = reference_logprobs(case, temperature, entropy_requires_grad)
+    if vocab_size == 1:  # certain: all of it is 0, so that no relative error can be asked for
+        for zero in (values, entropy, hidden.grad, weight.grad):
+            assert zero.abs().max() < 1e-6
+        return
+    assert relative_error(values, expected.logprobs) < FP32_TOLERANCE
+    assert relative_error(entropy, expected.entropy) < FP32_TOLERANCE
+    assert relative_error(hidden.grad, expected.grad_hidden) < FP32_TOLERANCE
+    assert relative_error(weight.grad, expected.grad_weight) < FP32_TOLERANCE
+    assert (weight.grad[vocab_size:] == 0).all()
+
+
+@pytest.mark.parametrize("entropy_requires_grad", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_from_logits_equals_linear_and_leaves_them_unmodified(temperature: float, entropy_requires_grad: bool) -> None:
+    case = random_case(9, 16, 4500, 4481)
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    logits = hidden @ weight.T
+    before = logits.detach().clone()
+    values, entropy = vocab_parallel_logprobs_and_entropy(
+        logits,
+        case.targets,
+        vocab_size=case.vocab_size,
+        temperature=temperature,
+        entropy_requires_grad=entropy_requires_grad,
+    )
+    backward(case, values, entropy, entropy_requires_grad)
+    assert torch.equal(logits, before)
+    expected = reference_logprobs(case, temperature, entropy_requires_grad)
+    assert relative_error(values, expected.logprobs) < FP32_TOLERANCE
+    assert relative_error(entropy, expected.entropy) < FP32_TOLERANCE
+    assert relative_error(hidden.grad, expected.grad_hidden) < FP32_TOLERANCE
+    assert relative_error(weight.grad, expected.grad_weight) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("entropy_requires_grad", [False, True])
+def test_bf16_is_no_worse_than_fp32_softmax_over_bf16_logits(entropy_requires_grad: bool) -> None:
+    case = random_case(64, 128, 4500, 4481, dtype=torch.bfloat16)
+    case.weight /= 8
+    expected = reference_logprobs(case, 1.0, entropy_requires_grad)
+
+    def errors(values: Tensor, entropy: Tensor, hidden: Tensor, weight: Tensor) -> list[float]:
+        backward(case, values, entropy, entropy_requires_grad)
+        assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+        return [
+            relative_error(values, expected.logprobs),
+            relative_error(entropy, expected.entropy),
+            relative_error(hidden.grad, expected.grad_hidden),
+            relative_error(weight.grad, expected.grad_weight),
+        ]
+
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    values, entropy = linear_logprobs_and_entropy(
+        hidden, weight, case.targets, vocab_size=case.vocab_size, entropy_requires_grad=entropy_requires_grad
+    )
+    assert values.dtype == entropy.dtype == torch.float32
+    ours = errors(values, entropy, hidden, weight)
+
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    all_logprobs = (hidden @ weight[: case.vocab_size].T).float().log_softmax(dim=1)
+    entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=1)
+    theirs = errors(all_logprobs.gather(1, case.targets[:, None])[:, 0], entropy, hidden, weight)
+    for our_error, their_error in zip(ours, theirs, strict=True):
+        assert our_error <= their_error
+
+
+def test_no_token() -> None:
+    case = random_case(0, 8, 20, 17)
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    values, entropy = linear_logprobs_and_entropy(hidden, weight, case.targets, entropy_requires_grad=True)
+    (values.sum() + entropy.sum()).backward()
+    assert values.shape == entropy.shape == (0,)
+    assert hidden.grad.shape == (0, 8)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_all_tokens_masked_gives_zero_gradients() -> None:
+    case = random_case(5, 8, 20, 17)
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    values, _ = linear_logprobs_and_entropy(hidden, weight, case.targets, vocab_size=17)
+    torch.where(torch.zeros(5, dtype=torch.bool), values, 0.0).sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_padding_rows_may_hold_anything() -> None:
+    case = random_case(5, 8, 20, 17)
+    case.weight[17:] = float("nan")
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    values, entropy = linear_logprobs_and_entropy(
+        hidden, weight, case.targets, vocab_size=17, entropy_requires_grad=True
+    )
+    backward(case, values, entropy, entropy_requires_grad=True)
+    for tensor in (values, entropy, hidden.grad, weight.grad):
+        assert tensor.isfinite().all()
+
+
+def test_extreme_logits_give_no_nan() -> None:
+    """-inf at some ids, a first tile of nothing but -inf, a difference that overflows e^x, and one certain token."""
+    logits = torch.zeros(4, logprobs.TILE_COLUMNS + 3)
+    logits[0, ::2] = -torch.inf
+    logits[1, : logprobs.TILE_COLUMNS] = -torch.inf
+    logits[2, 5], logits[2, 6] = 1e35, -1e35
+    logits[3, 7] = 500.0
+    targets = torch.tensor([0, logprobs.TILE_COLUMNS, 5, 8])
+    logits.requires_grad_()
+    values, entropy = vocab_parallel_logprobs_and_entropy(logits, targets, entropy_requires_grad=True)
+    expected_count = (logits.shape[1]) // 2
+    assert values.tolist() == pytest.approx([-torch.inf, -torch.tensor(3.0).log().item(), 0.0, -500.0])
+    assert entropy.tolist() == pytest.approx(
+        [torch.tensor(float(expected_count)).log().item(), torch.tensor(3.0).log().item(), 0.0, 0.0]
+    )
+    (values.sum() + entropy.sum()).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_tied_weight_accumulates_both_gradients() -> None:
+    """The embedding and the output layer share one parameter; its gradient is the sum of the two uses."""
+    case = random_case(6, 8, 20, 20)
+    weight = leaf(case.weight)
+    tokens = torch.arange(6)
+    values, _ = linear_logprobs_and_entropy(weight[tokens] * 2, weight, case.targets)
+    values.sum().backward()
+    reference = case.weight.double().requires_grad_()
+    logprobs_fp64 = (reference[tokens] * 2 @ reference.T).log_softmax(dim=1)
+    logprobs_fp64.gather(1, case.targets[:, None]).sum().backward()
+    assert relative_error(weight.grad, reference.grad) < FP32_TOLERANCE
+
+
+def test_only_the_gradients_asked_for() -> None:
+    case = random_case(6, 8, 20, 20)
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    linear_logprobs_and_entropy(hidden, case.weight, case.targets)[0].sum().backward()
+    linear_logprobs_and_entropy(case.hidden, weight, case.targets)[0].sum().backward()
+    both = leaf(case.hidden), leaf(case.weight)
+    linear_logprobs_and_entropy(*both, case.targets)[0].sum().backward()
+    assert torch.equal(hidden.grad, both[0].grad)
+    assert torch.equal(weight.grad, both[1].grad)
+
+
+def test_without_entropy() -> None:
+    case = random_case(6, 8, 20, 20)
+    values, entropy = linear_logprobs_and_entropy(case.hidden, case.weight, case.targets, with_entropy=False)
+    assert entropy is None
+    assert torch.equal(values, linear_logprobs_and_entropy(case.hidden, case.weight, case.targets)[0])
+
+
+class RecordSizes(TorchDispatchMode):
+    """Notes the number of elements of every tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.sizes.extend(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_nothing_the_size_of_the_logits_exists(with_entropy: bool) -> None:
+    """One tile is the largest tensor of forward and backward, and O(T) is kept between the two."""
+    tokens, rows = 300, 40_000
+    case = random_case(tokens, 4, rows, rows)
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    kept: list[Tensor] = []
+    options = {"with_entropy": with_entropy, "entropy_requires_grad": with_entropy}
+    with RecordSizes() as record:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            values, entropy = linear_logprobs_and_entropy(hidden, weight, case.targets, **options)
+        forward = len(record.sizes)
+        torch.autograd.backward(
+            [values, entropy] if with_entropy else values, [torch.ones(tokens)] * (1 + with_entropy)
+        )
+    tile = tokens * logprobs.TILE_COLUMNS
+    assert max(record.sizes[:forward]) == max(record.sizes[forward:]) == tile
+    inputs = {hidden.data_ptr(), weight.data_ptr()}
+    assert all(x.numel() == tokens for x in kept if x.data_ptr() not in inputs)
+    assert len(kept) <= 6
+
+
+GOOD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(10, 4), "targets": torch.zeros(3, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(3, 1, 4)}, r"hidden has shape \[3, 1, 4\]"),
+        ({"weight": torch.zeros(10)}, r"weight has shape \[10\]"),
+        ({"weight": torch.zeros(10, 5)}, "H = 4, weight has H = 5"),
+        (
+            {"hidden": torch.zeros(3, 4, dtype=torch.bfloat16)},
+            "hidden is torch.bfloat16 on cpu, weight is torch.float32",
+        ),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.float64)}, "hidden is torch.float64"),
+        ({"weight": torch.zeros(10, 4, device="meta")}, "weight is torch.float32 on meta"),
+        ({"targets": torch.zeros(2, dtype=torch.int64)}, r"targets has shape \[2\]"),
+        ({"targets": torch.zeros(3, dtype=torch.int32)}, "targets is torch.int32"),
+        ({"targets": torch.tensor([0, 10, 0])}, "targets holds 10, outside the vocabulary of 10"),
+        ({"targets": torch.tensor([0, 9, -100])}, "targets holds -100"),
+        ({"targets": torch.tensor([0, 8, 0]), "vocab_size": 8}, "targets holds 8, outside the vocabulary of 8"),
+        ({"vocab_size": 11}, "vocab_size = 11"),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        ({"temperature": 0.0}, "temperature = 0.0"),
+        ({"with_entropy": False, "entropy_requires_grad": True}, "entropy_requires_grad = True"),
+    ],
+)
+def test_wrong_input_is_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_logprobs_and_entropy(**(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(30)}, r"logits has shape \[30\]"),
+        ({"logits": torch.zeros(3, 10, dtype=torch.int64)}, "logits is torch.int64"),
+        ({"targets": torch.tensor([0, 10, 0])}, "targets holds 10"),
+        ({"vocab_size": 11}, "vocab_size = 11"),
+    ],
+)
+def test_wrong_logits_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_logprobs_and_entropy(**({"logits": torch.zeros(3, 10), "targets": GOOD["targets"]} | change))

@@ -1,0 +1,280 @@
+"""Buckets and their export in one process; the HTTP client and the joining of the group against a scripted peer.
+
+That weights really arrive in SGLang is shown in tests/e2e/test_weight_sync.py.
+"""
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_gppo.config import parse_config
+from megatron_gppo.convert import Architecture, Parameter, parameters
+from megatron_gppo.weight_sync import WeightSync, WeightSyncError
+from megatron_gppo.weight_sync.endpoint import WeightEndpoint
+from megatron_gppo.weight_sync.export import Bucket, Exporter
+from megatron_gppo.weight_sync.push import WeightPusher
+from megatron_gppo.weight_sync.verify import check_restored, compare_logprobs, reset_weights
+from tests.support.policy_shards import SINGLE
+
+ARCHITECTURE = Architecture(
+    name="Qwen2ForCausalLM",
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=12,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    head_dim=2,
+    vocab_size=11,
+    max_position_embeddings=64,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tied_embeddings=False,
+    qkv_bias=True,
+    qk_norm=False,
+    dtype=torch.float32,
+)
+TABLE = parameters(ARCHITECTURE)
+
+
+def make_model(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Random HF tensors by name, and the same as the shards of a single rank."""
+    generator = torch.Generator().manual_seed(seed)
+    hf = {
+        name: torch.randn(shape, generator=generator)
+        for parameter in TABLE
+        for name, shape in zip(parameter.hf_names, parameter.hf_shapes, strict=True)
+    }
+    return hf, {parameter.name: parameter.from_hf(hf) for parameter in TABLE}
+
+
+def bytes_of(parameter: Parameter, dtype: torch.dtype) -> int:
+    return dtype.itemsize * torch.Size(parameter.shape).numel()
+
+
+def test_a_bucket_is_its_tensors_one_behind_the_other() -> None:
+    a, b = torch.randn(2, 3).bfloat16(), torch.randn(4).bfloat16()
+
+    bucket = Bucket.flatten([("a", a), ("b", b)], torch.bfloat16)
+
+    assert bucket.data.dtype == torch.uint8
+    assert bytes(bucket.data.tolist()) == bytes(torch.cat([a.flatten(), b]).view(torch.uint8).tolist())
+    assert (bucket.names, bucket.shapes) == (["a", "b"], [(2, 3), (4,)])
+    assert torch.equal(bucket.tensors()["a"], a)
+    assert torch.equal(bucket.tensors()["b"], b)
+
+
+@given(bucket_bytes=st.integers(1, 6000), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(deadline=None, max_examples=30)
+def test_every_tensor_is_in_one_bucket_in_order_and_buckets_are_full(bucket_bytes: int, dtype: torch.dtype) -> None:
+    hf, shards = make_model()
+    exporter = Exporter(TABLE, shards, SINGLE, dtype, bucket_bytes)
+
+    buckets = list(exporter.export(shards))
+
+    assert [name for bucket in buckets for name in bucket.names] == [n for p in TABLE for n in p.hf_names]
+    for bucket in buckets:
+        for name, tensor in bucket.tensors().items():
+            assert torch.equal(tensor, hf[name].to(dtype)), name
+    sizes = [bucket.data.numel() for bucket in buckets]
+    assert len(sizes) == exporter.num_buckets
+    assert sum(sizes) == exporter.num_bytes == sum(bytes_of(parameter, dtype) for parameter in TABLE)
+    first_of = {parameter.hf_names[0]: parameter for parameter in TABLE}
+    for bucket in buckets:
+        held = [name for name in bucket.names if name in first_of]
+        assert bucket.data.numel() <= bucket_bytes or len(held) == 1
+    for bucket, following in itertools.pairwise(buckets):
+        assert bucket.data.numel() + bytes_of(first_of[following.names[0]], dtype) > bucket_bytes
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shards: shards.pop("output_layer.weight"), "output_layer.weight is on no rank"),
+        (lambda shards: shards.update(nonsense=torch.zeros(1)), "rank 0 has an unknown parameter nonsense"),
+        (
+            lambda shards: shards.update({"decoder.final_layernorm.weight": torch.zeros(9)}),
+            r"rank 0 has decoder.final_layernorm.weight of shape \(9,\), not \(8,\)",
+        ),
+    ],
+)
+def test_shards_that_do_not_fit_the_table(damage: Callable[[dict[str, torch.Tensor]], object], message: str) -> None:
+    _, shards = make_model()
+    damage(shards)
+    with pytest.raises(ValueError, match=message):
+        Exporter(TABLE, shards, SINGLE, torch.float32, 1000)
+
+
+def test_logprobs_within_tolerance_give_their_mean_difference() -> None:
+    policy = torch.tensor([-1.0, -2.0])
+    assert compare_logprobs("http://e", policy + 1e-5, policy, 1e-4) == pytest.approx(1e-5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (torch.tensor([-1.0, -2.5]), r"http://e differ from the policy's by 0.25 nats .* 0.5, at token 2"),
+        (torch.tensor([-1.0, float("nan")]), "by nan nats"),
+        (torch.tensor([-1.0]), r"gave \(1,\) log-probs, the policy \(2,\)"),
+    ],
+)
+def test_logprobs_that_differ(engine: torch.Tensor, message: str) -> None:
+    with pytest.raises(WeightSyncError, match=message):
+        compare_logprobs("http://e", engine, torch.tensor([-1.0, -2.0]), 1e-4)
+
+
+def test_loopback_cannot_be_reached_from_another_machine(tmp_path: Path) -> None:
+    config = parse_config(
+        {
+            "model": {"hf_path": str(tmp_path)},
+            "run": {"dir": str(tmp_path)},
+            "data": {"train": "unused"},
+            "algorithm": {"preset": "paper"},
+        }
+    )
+    with pytest.raises(
+        ValueError, match=r"sync.host = 127.0.0.1 cannot be reached from .*10.0.0.5.* Fix: set sync.host"
+    ):
+        WeightSync(config, ARCHITECTURE, SINGLE, ["http://10.0.0.5:30000"])
+
+
+class Peer:
+    """An HTTP server that answers each path with what it was told: (status, body), or an Event to wait for first."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, tuple[int, Any] | threading.Event] = {}
+        self.calls: list[tuple[str, Any]] = []
+        self.authorization: str | None = None
+        peer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(None)
+
+            def do_POST(self) -> None:
+                self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def _answer(self, body: Any) -> None:
+                peer.calls.append((self.path, body))
+                peer.authorization = self.headers["Authorization"]
+                answer = peer.answers.get(self.path, (200, {"success": True}))
+                if isinstance(answer, threading.Event):
+                    answer.wait()
+                    return
+                status, content = answer
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.calls]
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    peer = Peer()
+    yield peer
+    for answer in peer.answers.values():
+        if isinstance(answer, threading.Event):
+            answer.set()
+    peer.http.shutdown()
+    peer.http.server_close()
+
+
+def test_the_api_key_is_sent(peer: Peer) -> None:
+    WeightEndpoint(peer.url, "secret", 10).pause()
+    assert peer.authorization == "Bearer secret"
+    assert peer.calls == [("/pause_generation", {"mode": "abort"})]
+
+
+def test_a_server_without_update_sessions(peer: Peer) -> None:
+    peer.answers["/begin_weight_update"] = (404, {"detail": "Not Found"})
+    endpoint = WeightEndpoint(peer.url, None, 10)
+    endpoint.begin_update()
+    endpoint.end_update()
+    assert peer.paths == ["/begin_weight_update"]
+
+
+def test_a_session_that_cannot_be_opened(peer: Peer) -> None:
+    peer.answers["/begin_weight_update"] = (400, {"success": False, "message": "weights are frozen"})
+    with pytest.raises(WeightSyncError, match=r"/begin_weight_update answered 400: weights are frozen"):
+        WeightEndpoint(peer.url, None, 10).begin_update()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((400, {"success": False, "message": "no such tensor"}), "answered 400: no such tensor"),
+        ((401, {"detail": "Unauthorized"}), "answered 401: Unauthorized"),
+        ((500, b"Internal Server Error"), "answered 500: Internal Server Error"),
+        ((200, b"<html>"), "did not answer with JSON"),
+    ],
+)
+def test_what_an_engine_answers_is_in_the_error(peer: Peer, answer: Any, message: str) -> None:
+    peer.answers["/weights_checker"] = answer
+    with pytest.raises(WeightSyncError, match=f"{peer.url}/weights_checker {message}"):
+        WeightEndpoint(peer.url, None, 10).checksums()
+
+
+def test_an_engine_that_does_not_answer(peer: Peer) -> None:
+    peer.answers["/weights_checker"] = threading.Event()
+    with pytest.raises(WeightSyncError, match=f"{peer.url}/weights_checker did not answer within 0.2 s"):
+        WeightEndpoint(peer.url, None, 0.2).checksums()
+
+
+def test_an_engine_of_several_data_parallel_ranks_is_refused(peer: Peer) -> None:
+    peer.answers["/server_info"] = (200, {"tp_size": 1, "pp_size": 1, "dp_size": 2})
+    with pytest.raises(WeightSyncError, match=r"dp_size = 2.* Fix: start several servers"):
+        WeightPusher([WeightEndpoint(peer.url, None, 10)], "127.0.0.1", 10).join(torch.device("cpu"))
+
+
+def test_an_engine_that_refuses_the_group_ends_the_wait(peer: Peer) -> None:
+    peer.answers["/server_info"] = (200, {"tp_size": 1})
+    peer.answers["/init_weights_update_group"] = (400, {"message": "Failed to initialize custom process group"})
+    pusher = WeightPusher([WeightEndpoint(peer.url, None, 10)], "127.0.0.1", 10)
+    with pytest.raises(WeightSyncError, match=f"phase 'join group': {peer.url}.* 400: Failed to initialize"):
+        pusher.join(torch.device("cpu"))
+    _, body = peer.calls[-1]
+    assert (body["rank_offset"], body["world_size"], body["backend"]) == (1, 2, "gloo")
+
+
+def test_an_engine_that_never_joins_is_named(peer: Peer) -> None:
+    peer.answers["/server_info"] = (200, {"tp_size": 1})
+    peer.answers["/init_weights_update_group"] = threading.Event()
+    pusher = WeightPusher([WeightEndpoint(peer.url, None, 1)], "127.0.0.1", 1)
+    with pytest.raises(WeightSyncError, match=f"phase 'join group'.*{peer.url}"):
+        pusher.join(torch.device("cpu"))
+
+
+def checksums(**by_name: str) -> dict[str, Any]:
+    return {"ranks": [{"checksums": by_name, "parallelism_info": [{"tp_rank": 0}]}]}
+
+
+def test_a_tensor_that_the_reset_leaves_alone_is_named(peer: Peer) -> None:
+    peer.answers["/weights_checker"] = (200, checksums(embedding="1"))
+    with pytest.raises(WeightSyncError, match=r"did not reset embedding \(tp rank 0\)"):
+        reset_weights(WeightEndpoint(peer.url, None, 10))
+
+
+def test_tensors_that_are_not_restored_are_counted_and_named(peer: Peer) -> None:
+    before = {f"{name} (tp rank 0)": "1" for name in "abcdefghijklm"}
+    peer.answers["/weights_checker"] = (200, checksums(a="1"))
+    with pytest.raises(WeightSyncError, match=r"12 of 13 tensors .*: b \(tp rank 0\), .*k \(tp rank 0\) and 2 more\."):
+        check_restored(WeightEndpoint(peer.url, None, 10), before)
