@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_gppo.config import Config
+from megatron_gppo.config import Config, ConfigError
 from megatron_gppo.data import load_prompts, load_tokenizer
 from megatron_gppo.datatypes import Group, Prompt
 from megatron_gppo.rollout import generate
 from megatron_gppo.rollout.engine import Engine
 from megatron_gppo.rollout.rewards import RewardPool
-from megatron_gppo.rollout.server import running_engines
+from megatron_gppo.rollout.server import launched_engines
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +64,23 @@ def evaluate(
 def run_evaluation(config: Config) -> EvalReport:
     """Evaluates model.hf_path (managed), or what the servers at rollout.urls hold, on data.eval.
 
-    Prints a table and writes the report to run.dir/eval. Raises DataError, RewardError, EngineError, ConfigError, OSError.
+    Prints a table and writes the report to run.dir/eval. Raises ConfigError, DataError, RewardError, EngineError.
     """
     console = Console()
+    folder = config.run.dir / "eval"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir = {config.run.dir}: {error.strerror}. Fix: give a folder that can be written"
+        ) from error
     prompt_set = load_prompts(config.data, load_tokenizer(config.model.hf_path), "eval")
     started = datetime.now(UTC)
-    folder = config.run.dir / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
     pool = RewardPool(config.reward)
     try:
-        with (
-            console.status("starting the engine") as status,
-            running_engines(config, config.run.dir / "logs" / "sglang.log") as engines,
-        ):
-            status.stop()
+        with launched_engines(config, config.run.dir / "engine.log") as wait_for_engines:
+            with console.status("waiting for the engine"):
+                engines = wait_for_engines()
             with Progress(
                 TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                 console=console,

@@ -21,6 +21,7 @@ from examples.quickstart.phases import PhaseError, Phases, interrupt_on_signals,
 from megatron_gppo.config import Config, ConfigError, load_config
 
 CONFIG = Path("examples/quickstart/config.yaml")
+FOLDER = Path("runs/quickstart")  # as the paths in CONFIG have it
 NUM_RANKS = 2
 
 console = Console(highlight=False)
@@ -32,14 +33,7 @@ def quickstart(folder: Path, overrides: list[str]) -> None:
     Raises ConfigError, PhaseError and KeyboardInterrupt.
     """
     model, checkpoint, result = folder / "model", folder / "megatron", folder / "result"
-    settings = [
-        f"run.dir={folder}",
-        f"model.hf_path={model}",
-        f"model.checkpoint={checkpoint}",
-        f"data.train={folder / 'data' / 'train.jsonl'}",
-        f"data.eval={folder / 'data' / 'held_out.jsonl'}",
-        *overrides,
-    ]
+    settings = [*elsewhere(folder), *overrides]
     config = load_config(CONFIG, settings)
     phases = Phases(folder, config.model_dump(mode="json"), console)
     python = sys.executable
@@ -76,6 +70,19 @@ def quickstart(folder: Path, overrides: list[str]) -> None:
     phases.run("Evaluate the result", [*evaluate, f"model.hf_path={result}", f"run.dir={folder / 'final'}"])
 
     print_summary(folder, config, phases.seconds)
+
+
+def elsewhere(folder: Path) -> list[str]:
+    """Overrides that move all of CONFIG's paths from FOLDER to another folder."""
+    if folder == FOLDER:
+        return []
+    return [
+        f"model.hf_path={folder / 'model'}",
+        f"model.checkpoint={folder / 'megatron'}",
+        f"data.train={folder / 'data' / 'train.jsonl'}",
+        f"data.eval={folder / 'data' / 'held_out.jsonl'}",
+        f"run.dir={folder}",
+    ]
 
 
 def accuracy(folder: Path) -> float:
@@ -122,7 +129,7 @@ def delete_run(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart.run", description="Run the quick start.")
-    parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="folder of the run (%(default)s)")
+    parser.add_argument("--dir", type=Path, default=FOLDER, help="folder of the run (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run in that folder and start anew")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"instead of what {CONFIG} says")
     arguments = parser.parse_args()

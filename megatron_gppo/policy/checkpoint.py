@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_gppo.convert import Architecture, copy_hf_assets
-from megatron_gppo.parallel import ParallelState
+from megatron_gppo.parallel import ParallelState, PeerFailed
 from megatron_gppo.policy.optimizer import allocate_state
 from megatron_gppo.policy.policy import Policy
 
@@ -33,6 +33,7 @@ METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 MANIFEST = "manifest.json"
+EXTRA_STATE = "._extra_state"
 
 
 class CheckpointError(ValueError):
@@ -84,10 +85,9 @@ def load_weights(folder: Path, policy: Policy) -> None:
 
     Raises CheckpointError when it is not one, or one of another model.
     """
-    check_model(folder, policy.architecture)
-    _attempt(
-        policy.parallel, lambda: _set_weights(policy, _read(folder, _weights(policy))), f"{folder}: could not be read"
-    )
+    doing = f"{folder}: could not be read"
+    _attempt(policy.parallel, lambda: check_model(folder, policy.architecture), doing)
+    _attempt(policy.parallel, lambda: _set_weights(policy, _read(folder, _weights(policy))), doing)
     policy.optimizer.reload_model_params()  # the fp32 masters
 
 
@@ -96,7 +96,8 @@ def load(folder: Path, policy: Policy) -> Progress:
 
     Random states are those of ranks, so they are restored only into the layout that they came from.
     """
-    check_model(folder, policy.architecture)
+    doing = f"{folder}: could not be read"
+    _attempt(policy.parallel, lambda: check_model(folder, policy.architecture), doing)
     manifest = json.loads((folder / MANIFEST).read_text())
 
     def read() -> None:
@@ -111,7 +112,7 @@ def load(folder: Path, policy: Policy) -> Progress:
         if "rng" in loaded:
             _set_rng_state(loaded["rng"])
 
-    _attempt(policy.parallel, read, f"{folder}: could not be read")
+    _attempt(policy.parallel, read, doing)
     progress = Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
     policy.scheduler.step(increment=progress.updates)
     return progress
@@ -158,12 +159,23 @@ def _complete(checkpoints: Path) -> list[Path]:
 
 
 def _weights(policy: Policy) -> dict[str, Any]:
-    return {f"model{i}": model.sharded_state_dict(metadata=METADATA) for i, model in enumerate(policy.models)}
+    """The chunks' sharded tensors; without the extra states of layers, which only FP8 uses."""
+    return {
+        f"model{i}": {
+            name: value
+            for name, value in model.sharded_state_dict(metadata=METADATA).items()
+            if not name.endswith(EXTRA_STATE)
+        }
+        for i, model in enumerate(policy.models)
+    }
 
 
 def _set_weights(policy: Policy, loaded: dict[str, Any]) -> None:
     for i, model in enumerate(policy.models):
-        model.load_state_dict(loaded[f"model{i}"], strict=True)
+        missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        if missing or unexpected:
+            raise ValueError(f"missing {missing}, unexpected {unexpected}")
 
 
 def _optimizer_state(policy: Policy, weights: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
@@ -201,13 +213,18 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _attempt(parallel: ParallelState, action: Callable[[], None] | None, doing: str) -> None:
-    """Runs `action` on the ranks that have one. If it fails on any, all raise CheckpointError with the first reason."""
+    """Runs `action` on the ranks that have one. If it fails on any, the first of them raises CheckpointError, and the
+    others PeerFailed."""
     failure, cause = None, None
     try:
         if action is not None:
             action()
+    except CheckpointError as error:
+        failure, cause = str(error), error
     except Exception as error:
-        failure, cause = f"{type(error).__name__}: {error}", error
+        failure, cause = f"{doing} (rank {parallel.rank}: {type(error).__name__}: {error})", error
     for rank, reason in enumerate(parallel.gather(failure)):
         if reason is not None:
-            raise CheckpointError(f"{doing} (rank {rank}: {reason})") from cause
+            if rank == parallel.rank:
+                raise CheckpointError(reason) from cause
+            raise PeerFailed(reason)

@@ -12,6 +12,7 @@ processes follow their parent.
 Standard library only, and no import of megatron_gppo: it must start at once and stay small. Linux only.
 """
 
+import contextlib
 import ctypes
 import os
 import select
@@ -47,9 +48,9 @@ def main(parent: int, grace_seconds: float, command: list[str]) -> int:
     while (status := _reap(server.pid)) is None:
         trainer_is_gone = os.getppid() != parent or _end_of_file()
         if stop_requested or trainer_is_gone:
-            print(f"guard: ending the server; the trainer {'is gone' if trainer_is_gone else 'asked'}", flush=True)
+            _log(f"ending the server; the trainer {'is gone' if trainer_is_gone else 'asked for it'}")
             return _end(server.pid, grace_seconds)
-    print(f"guard: the server ended with status {_exit_code(status)}", flush=True)
+    _log(f"the server ended with status {_exit_code(status)}")
     _kill_children()
     return _exit_code(status)
 
@@ -58,6 +59,11 @@ def _die_with_guard() -> None:
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_DFL)
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _log(line: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not keep the guard from its work
+        print(f"guard: {line}", flush=True)
 
 
 def _end_of_file() -> bool:

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_gppo.config import Config, ConfigError, RolloutConfig
@@ -33,7 +33,7 @@ OWN_ARGS = ("model_path", "dtype", "host", "port", "api_key", "tp_size", "weight
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
-# What is seen in the log of a server that did not come up -> what to do about it; the first match counts.
+# What is seen in the log of a server that did not come up, or died -> what to do about it; the first match counts.
 FIXES = (
     ("No module named 'sglang'", "install SGLang into this Python: see 'Installation' in the README"),
     ("error: unrecognized arguments", "correct rollout.server_args: this SGLang does not know one of them"),
@@ -43,14 +43,18 @@ FIXES = (
     ("Not enough memory", "raise rollout.server_args.mem_fraction_static, or give the server more GPUs"),
     ("SafetensorError", "check the weights in model.hf_path: a file is damaged or incomplete"),
     ("Cannot find any model weights", "check model.hf_path: it holds no weights"),
+    (
+        "guard: the server ended with status 137",
+        "look for the kernel's out-of-memory killer, which leaves no other trace",
+    ),
 )
 
 
 class ManagedServer:
     """A server that this process started. The constructor launches it and returns at once; wait_ready() waits.
 
-    Use as a context manager, or call close(). Raises ConfigError when there is no model, the port is
-    in use or server_args repeat a field.
+    Use as a context manager, or call close(). Raises ConfigError when there is no model, the port is in
+    use or server_args repeat a field.
     """
 
     def __init__(self, config: Config, log_path: Path) -> None:
@@ -136,20 +140,29 @@ class ManagedServer:
 
 
 @contextlib.contextmanager
-def running_engines(config: Config, log_path: Path) -> Iterator[list[Engine]]:
-    """Clients of healthy servers: of one started for the time of the context (managed), or of those at rollout.urls.
+def launched_engines(config: Config, log_path: Path) -> Iterator[Callable[[], list[Engine]]]:
+    """Launches the server of a managed run, for the time of the context, without waiting for it.
 
-    Raises EngineError when one does not come up, or cannot be reached, within rollout.start_timeout_s.
+    Yields a function that waits until every server (at rollout.urls, if external) is healthy, and returns their clients.
+    It raises EngineError when one does not come up, or cannot be reached, within rollout.start_timeout_s.
     """
     rollout = config.rollout
     if rollout.mode == "managed":
         with ManagedServer(config, log_path) as server:
-            server.wait_ready()
-            yield [make_engine(rollout, server.url, server)]
+
+            def wait_for_server() -> list[Engine]:
+                server.wait_ready()
+                return [make_engine(rollout, server.url, server)]
+
+            yield wait_for_server
     elif rollout.mode == "external":
-        for url in rollout.urls:
-            wait_healthy(url, rollout.api_key, rollout.start_timeout_s)
-        yield [make_engine(rollout, url) for url in rollout.urls]
+
+        def wait_for_urls() -> list[Engine]:
+            for url in rollout.urls:
+                wait_healthy(url, rollout.api_key, rollout.start_timeout_s)
+            return [make_engine(rollout, url) for url in rollout.urls]
+
+        yield wait_for_urls
     else:
         raise ConfigError("rollout.mode = replay has no engine. Fix: set rollout.mode to managed or external")
 

@@ -67,4 +67,4 @@ def test_sequences_cut_over_ranks(cp_size: int) -> None:
         assert abs(sum(losses) - expected.loss) <= 2e-6 * expected.magnitude, name
         for index, want in enumerate(expected.logprobs):
             got = torch.cat([gradient[index] for gradient in gradients]).double()
-            torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")

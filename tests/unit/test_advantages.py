@@ -38,7 +38,7 @@ def test_equation_2(rewards: list[float]) -> None:
         assert advantages == [0.0] * len(rewards)
         return
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)  # stdev divides by G - 1
-    assert advantages == pytest.approx([(reward - mean) / (std + 1e-6) for reward in rewards], rel=1e-9, abs=1e-9)
+    assert advantages == pytest.approx([(reward - mean) / (std + 1e-6) for reward in rewards], rel=1e-7, abs=1e-7)
 
 
 @settings(deadline=None)
@@ -47,8 +47,8 @@ def test_only_the_order_within_the_group_matters_to_the_order(rewards: list[floa
     order = list(range(len(rewards)))
     random.shuffle(order)
     advantages, shuffled = group_advantages(rewards), group_advantages([rewards[index] for index in order])
-    assert shuffled == pytest.approx([advantages[index] for index in order], abs=1e-9)
-    assert math.fsum(advantages) == pytest.approx(0, abs=1e-9)
+    assert shuffled == pytest.approx([advantages[index] for index in order], abs=1e-7)
+    assert math.fsum(advantages) == pytest.approx(0, abs=1e-7)
     for low, high in zip(np.argsort(rewards)[:-1], np.argsort(rewards)[1:], strict=True):
         assert advantages[low] <= advantages[high]
 

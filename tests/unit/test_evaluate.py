@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_gppo.config import EvalConfig
+from megatron_gppo.config import ConfigError, EvalConfig
 from megatron_gppo.datatypes import Prompt
-from megatron_gppo.evaluate import Score, evaluate, table, write_report
+from megatron_gppo.evaluate import Score, evaluate, run_evaluation, table, write_report
 from tests.support.fake_engine import FakeEngine, FakeJudge
 from tests.support.rollout import make_config
 
@@ -36,3 +36,9 @@ def test_avg_at_k(tmp_path: Path) -> None:
     assert written["model"] == "model"
     assert written["left_out_too_long"] == 2
     assert written["by_source"]["hard"]["problems"] == 3
+
+
+def test_a_run_folder_that_cannot_be_written_is_an_error_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.dir = .*/file: .*Fix: give a folder that can be written"):
+        run_evaluation(make_config(tmp_path, tmp_path / "file"))

@@ -48,7 +48,7 @@ def test_matches_reference(objective: str, aggregation: str, extras: str) -> Non
     # 1 is a one-token response, 0 a response without loss tokens; the last group has none at all.
     batch = random_batch(seed=1, lengths=[5, 1, 0, 9, 0, 0])
     # Terms that nearly cancel leave their rounding errors behind.
-    assert_matches_reference(config, batch, atol=1e-30 if extras in ("plain", "dual_clip") else 1e-8)
+    assert_matches_reference(config, batch, atol=1e-30 if extras in ("plain", "dual_clip") else 1e-7)
 
 
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "gspo"])
@@ -153,7 +153,7 @@ def test_split_and_order_do_not_matter(data: st.DataObject) -> None:
     assert abs(sum(output.loss for output in outputs) - expected.loss) <= 2e-6 * expected.magnitude
     for part, output in zip(parts, outputs, strict=True):
         for index, gradient in zip(part, output.logprobs, strict=True):
-            torch.testing.assert_close(gradient.double(), expected.logprobs[index], rtol=2e-6, atol=1e-9)
+            torch.testing.assert_close(gradient.double(), expected.logprobs[index], rtol=2e-6, atol=1e-6)
 
 
 def test_gspo_gradient_is_that_of_its_sequence_objective() -> None:

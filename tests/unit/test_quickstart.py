@@ -16,7 +16,7 @@ from examples.quickstart import build_model
 from examples.quickstart.phases import PhaseError, Phases
 from examples.quickstart.problems import Problem, make_problem_sets, write_jsonl
 from examples.quickstart.reward import exact_integer
-from examples.quickstart.run import CONFIG, delete_run
+from examples.quickstart.run import CONFIG, FOLDER, delete_run, elsewhere
 from examples.quickstart.tokenizer import build_tokenizer
 from megatron_gppo.config import load_config
 
@@ -132,6 +132,12 @@ def test_config_is_what_the_readme_promises() -> None:
     assert (config.eval.samples, config.eval.temperature) == (8, 0.6)
     module_name, function_name = config.reward.function.split(":")
     assert (module_name, function_name) == (exact_integer.__module__, exact_integer.__name__)
+
+
+def test_another_folder_moves_every_path(tmp_path: Path) -> None:
+    assert elsewhere(FOLDER) == []
+    moved = load_config(CONFIG, elsewhere(tmp_path)).model_dump_json()
+    assert moved == load_config(CONFIG).model_dump_json().replace(str(FOLDER), str(tmp_path))
 
 
 def append(path: Path, exit_code: int = 0) -> list[str]:

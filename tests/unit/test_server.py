@@ -11,7 +11,7 @@ from megatron_gppo.rollout import cpu_engine
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.server import (
     ManagedServer,
-    running_engines,
+    launched_engines,
     server_command,
     server_environment,
     wait_healthy,
@@ -115,9 +115,9 @@ def test_external_servers_must_answer(tmp_path: Path) -> None:
     config = make_config(tmp_path, tmp_path, mode="external", urls=["http://127.0.0.1:1"], start_timeout_s=0.1)
     with (
         pytest.raises(EngineError, match=r"http://127.0.0.1:1 was not healthy within rollout.start_timeout_s = 0.1 s"),
-        running_engines(config, tmp_path / "log"),
+        launched_engines(config, tmp_path / "log") as wait_for_engines,
     ):
-        pass
+        wait_for_engines()
 
 
 def test_a_url_without_a_scheme_is_an_error() -> None:
