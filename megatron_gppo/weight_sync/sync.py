@@ -8,14 +8,14 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from megatron_gppo.config import Config
+from megatron_gppo.config import Config, ConfigError
 from megatron_gppo.convert.architecture import Architecture
 from megatron_gppo.convert.table import parameters
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.weight_sync.endpoint import WeightEndpoint
 from megatron_gppo.weight_sync.export import Bucket, Exporter
 from megatron_gppo.weight_sync.push import WeightPusher
-from megatron_gppo.weight_sync.verify import check_restored, compare_logprobs, reset_weights
+from megatron_gppo.weight_sync.verify import Checksums, check_restored, compare_logprobs, reset_weights
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Mean absolute difference of the probe's log-probs, in nats.
@@ -37,7 +37,8 @@ class WeightSync:
     Every method is called by all ranks in lockstep. Rank 0 alone talks to the engines; what goes wrong there is raised as
     WeightSyncError on rank 0 and as PeerFailed on the others. After an error nothing but close() may be called.
 
-    `urls` are the engines' and matter on rank 0 only. Where `shards` appears, it is this rank's parameters by canonical
+    Construction is collective too, and raises ConfigError when an engine cannot reach sync.host. `urls` are the engines' and
+    matter on rank 0 only. Where `shards` appears, it is this rank's parameters by canonical
     name (convert.canonical_name).
     """
 
@@ -53,8 +54,7 @@ class WeightSync:
         self._tolerance = config.sync.verify_tolerance or TOLERANCE[self._dtype]
         self._exporter: Exporter | None = None
         self._joined = False
-        if parallel.rank == 0:
-            _check_reachable(config.sync.host, urls)
+        parallel.from_rank_0(lambda: _check_reachable(config.sync.host, urls))
         self._endpoints = [WeightEndpoint(url, config.rollout.api_key, config.sync.timeout_s) for url in urls]
         self._pusher = WeightPusher(self._endpoints, config.sync.host, config.sync.timeout_s)
 
@@ -88,11 +88,15 @@ class WeightSync:
         """
         if not engines_hold_policy:
             self.sync(shards, version)
-        before = self._parallel.from_rank_0(lambda: self._pusher.on_all("reset weights", reset_weights))
-        by_url = dict(zip((endpoint.url for endpoint in self._endpoints), before, strict=True))
+
+        def reset() -> dict[str, Checksums]:
+            checksums = self._pusher.on_all("reset weights", reset_weights)
+            return {endpoint.url: before for endpoint, before in zip(self._endpoints, checksums, strict=True)}
+
+        before = self._parallel.from_rank_0(reset)
         self.sync(shards, version)
         self._parallel.from_rank_0(
-            lambda: self._pusher.on_all("verify", lambda endpoint: check_restored(endpoint, by_url[endpoint.url]))
+            lambda: self._pusher.on_all("verify", lambda endpoint: check_restored(endpoint, before[endpoint.url]))
         )
 
     def verify_probe(self, token_ids: Sequence[int], logprobs: Tensor) -> float:
@@ -126,7 +130,7 @@ class WeightSync:
 def _check_reachable(host: str, urls: Sequence[str]) -> None:
     for url in urls:
         if host in LOOPBACK and urlsplit(url).hostname not in LOOPBACK:
-            raise ValueError(
+            raise ConfigError(
                 f"sync.host = {host} cannot be reached from the engine at {url}. Fix: set sync.host to an address of rank 0's machine"
             )
 

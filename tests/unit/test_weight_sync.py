@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gppo.config import parse_config
+from megatron_gppo.config import ConfigError, parse_config
 from megatron_gppo.convert import Architecture, Parameter, parameters
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
 from megatron_gppo.weight_sync.endpoint import WeightEndpoint
@@ -141,7 +141,7 @@ def test_loopback_cannot_be_reached_from_another_machine(tmp_path: Path) -> None
         }
     )
     with pytest.raises(
-        ValueError, match=r"sync.host = 127.0.0.1 cannot be reached from .*10.0.0.5.* Fix: set sync.host"
+        ConfigError, match=r"sync.host = 127.0.0.1 cannot be reached from .*10.0.0.5.* Fix: set sync.host"
     ):
         WeightSync(config, ARCHITECTURE, SINGLE, ["http://10.0.0.5:30000"])
 

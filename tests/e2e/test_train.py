@@ -1,0 +1,137 @@
+"""The real train command with a real SGLang server, over several layouts."""
+
+import json
+import os
+import signal
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_gppo.convert import convert_megatron_to_hf
+from megatron_gppo.metrics import TAGS
+from megatron_gppo.policy.checkpoint import folder_name
+from megatron_gppo.rollout.server import ManagedServer
+from megatron_gppo.weight_sync.endpoint import WeightEndpoint
+from tests.support.rollout import processes_below, wait_gone
+from tests.support.training import saved_weights, scalars, start_training, train, write_config
+
+PROBE = [5, 14, 6, 13, 8, 20, 33, 40, 7, 7]
+NOT_EVERY_STEP = {"policy/reference_kl", "memory/gpu_peak_gib", "samples"}
+
+
+@pytest.fixture
+def engine_url(server: ManagedServer, tiny_model: Path) -> Iterator[str]:
+    """The session's server, which gets its weights back at the end."""
+    yield server.url
+    body = {"model_path": str(tiny_model), "weight_version": "0", "flush_cache": True}
+    request = urllib.request.Request(
+        f"{server.url}/update_weights_from_disk",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the TP = 2 run records its rollouts, for the replays below."""
+    return tmp_path_factory.mktemp("recording")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+        (2, ["parallel.pp=2", "parallel.vpp=2"]),
+        (2, []),
+        (4, ["parallel.tp=2", "parallel.pp=2"]),
+    ],
+    ids=["tp2", "pp2", "dp2", "tp2_pp2"],
+)
+def test_trains_and_gives_the_engine_the_new_weights(
+    engine_url: str, tiny_model: Path, recording: Path, tmp_path: Path, ranks: int, layout: list[str]
+) -> None:
+    config = write_config(tmp_path, tiny_model, rollout={"mode": "external", "urls": [engine_url]})
+    record = [f"rollout.record={recording}"] if layout and layout[0] == "parallel.tp=2" and ranks == 2 else []
+    output = train(config, ranks, *layout, *record)
+
+    assert " 1/2 " in output
+    assert " 2/2 " in output
+    logged = scalars(tmp_path / "run")
+    assert set(logged) == set(TAGS) - NOT_EVERY_STEP
+    assert max(logged["ratio/first_update_max_deviation"]) < 1e-5
+    assert max(logged["engine/logprob_difference_max"]) < 1e-4
+    outside = [
+        left + right for left, right in zip(logged["ratio/left_of_clip"], logged["ratio/right_of_clip"], strict=True)
+    ]
+    assert min(outside) > 0, "no ratio ever left the clip range"
+    assert min(logged["policy/grad_norm"]) > 0
+    assert max(logged["policy/skipped_updates"]) == 0
+
+    convert_megatron_to_hf(tmp_path / "run" / "checkpoints" / folder_name(2), tmp_path / "exported")
+    engine = WeightEndpoint(engine_url, None, 60)
+    assert engine.weight_version() == "2"
+    new, old = hf_logprobs(tmp_path / "exported"), hf_logprobs(tiny_model)
+    torch.testing.assert_close(engine.prompt_logprobs(PROBE), new, rtol=0, atol=2e-5)
+    assert (new - old).abs().max() > 1e-2, "the weights have hardly moved"
+
+
+def hf_logprobs(folder: Path) -> torch.Tensor:
+    """[L-1] of PROBE."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROBE])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(PROBE[1:])[:, None])[:, 0]
+
+
+def test_resumed_equals_uninterrupted(recording: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The trainer's side of a run is a function of its rollouts, however often it is interrupted, to the bit."""
+    weights = []
+    for name, lengths in (("uninterrupted", [2]), ("resumed", [1, 2])):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = write_config(folder, tiny_model, rollout={"mode": "replay", "replay": str(recording)})
+        for steps in lengths:
+            output = train(config, 2, "parallel.tp=2", f"train.steps={steps}")
+        assert ("resumed from" in output) == (name == "resumed")
+        weights.append(saved_weights(folder / "run", 2))
+    uninterrupted, resumed = weights
+    for parameter in uninterrupted:
+        assert torch.equal(uninterrupted[parameter], resumed[parameter]), parameter
+    before = scalars(tmp_path / "uninterrupted" / "run")
+    after = scalars(tmp_path / "resumed" / "run")
+    for tag in ("policy/loss", "policy/grad_norm", "policy/entropy", "ratio/left_of_clip"):
+        assert before[tag] == after[tag], tag
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_nothing_running(tiny_model: Path, tmp_path: Path, signum: signal.Signals) -> None:
+    config = write_config(tmp_path, tiny_model, run={"dir": str(tmp_path / "run"), "save_every": 1000})
+    process = start_training(config, 2, "train.steps=1000")
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if " 2/1000 " in line:
+            break
+    else:
+        pytest.fail("".join(printed)[-6000:])
+    started = processes_below(process.pid)
+    assert len(started) > 6, "torchrun, two ranks, a reward worker, the guard and SGLang's processes"
+    os.killpg(process.pid, signum)
+    rest, _ = process.communicate(timeout=90)
+    assert f"ended by {signum.name}; progress is saved" in rest, rest[-3000:]
+    assert wait_gone(started, 20) == []
+    checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert len(checkpoints) == 1
+    done = int(checkpoints[0].removeprefix("step_"))
+    assert done >= 2
+
+    output = train(config, 2, f"train.steps={done + 1}")
+    assert f"{done} of {done + 1} steps are done" in output
+    assert f" {done + 1}/{done + 1} " in output

@@ -1,0 +1,82 @@
+"""The real train command, run as a user runs it, and what it leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_gppo.convert import Architecture, MegatronCheckpoint, parameters
+from megatron_gppo.policy.checkpoint import folder_name
+
+TIMEOUT_S = 400
+
+
+def write_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
+    """A run of 2 steps of 2 updates on random prompts, with a learning rate that leaves the clip range."""
+    data = folder / "prompts.jsonl"
+    rows = [{"question": f"{a}+{b}=", "answer": a + b} for a in range(6) for b in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree: dict[str, Any] = {
+        "model": {"hf_path": str(model), "dtype": "fp32"},
+        "run": {"dir": str(folder / "run"), "collective_timeout_s": 120, "save_every": 1},
+        "data": {
+            "train": str(data),
+            "question_column": "question",
+            "answer_column": "answer",
+            "max_prompt_tokens": 32,
+        },
+        "rollout": {"prompts_per_step": 8, "responses_per_prompt": 4, "max_response_tokens": 24},
+        "reward": {"function": "tests.support.reward:share_of_letters", "workers": 1},
+        "train": {"steps": 2, "prompts_per_update": 4, "tokens_per_microbatch": 256},
+        "algorithm": {"preset": "paper"},
+        "optimizer": {"lr": 3e-3, "warmup_updates": 0},
+        "sync": {"verify_every": 1, "timeout_s": 60, "bucket_mb": 1},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start_training(config: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+    """In a session of its own, as a terminal would give it a process group."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*launcher, "-m", "megatron_gppo.train", "--config", str(config), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def train(config: Path, ranks: int, *overrides: str, status: int = 0) -> str:
+    """Runs to the end and returns what was printed."""
+    process = start_training(config, ranks, *overrides)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert process.returncode == status, output[-6000:]
+    return output
+
+
+def scalars(run: Path) -> dict[str, list[float]]:
+    """TensorBoard's values by tag, in order of step."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def saved_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = MegatronCheckpoint(run / "checkpoints" / folder_name(step))
+    architecture: Architecture = checkpoint.architecture()
+    return {parameter.name: checkpoint.read(parameter) for parameter in parameters(architecture)}
