@@ -126,7 +126,7 @@ class RolloutConfig(SamplingConfig):
     max_refills: PositiveInt = 4
     """dynamic_sampling: rounds of replacement before the step goes on with fewer groups (counted)."""
     concurrency: PositiveInt = 256
-    """Requests in flight to each server."""
+    """Requests in flight to each server; one request asks for a prompt's G responses."""
     request_timeout_s: PositiveFloat = 1800.0
     """Limit for one request, generation included."""
     max_retries: Annotated[int, Field(ge=0)] = 3
@@ -178,7 +178,7 @@ class RewardConfig(Section):
     incorrect: FiniteFloat = 0.0
     """Reward of everything else; paper: -1."""
     correct_above: float = 0.5
-    """A user function's result above this counts as correct in accuracy and in the NLL term; its value is the reward."""
+    """A user function's float above this counts as correct, and is the reward; a bool chooses correct or incorrect."""
     workers: PositiveInt = 2
     """Worker processes."""
     timeout_s: PositiveFloat = 10.0
@@ -194,6 +194,8 @@ class TrainConfig(Section):
     """Groups in one optimizer step; rollout.prompts_per_step / this is the updates per step."""
     tokens_per_microbatch: PositiveInt = 32768
     """Most packed tokens in one forward pass of one data-parallel rank."""
+    mask_truncated: bool = False
+    """Leave responses cut at rollout.max_response_tokens out of the loss. Their rewards still shape their group's."""
     recompute: Literal["none", "full"] = "none"
     """Activation recompute: full keeps only each layer's input."""
 

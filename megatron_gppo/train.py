@@ -92,7 +92,7 @@ def generate(run: Run, step: int) -> tuple[Rollout | None, list[Sample] | None]:
             rollout = run.rollouts.next(step, policy_version=step - 1)
         except RolloutCancelled:
             return None
-        return samples_from_groups(rollout.groups)
+        return samples_from_groups(rollout.groups, mask_truncated=run.config.train.mask_truncated)
 
     samples = run.parallel.from_rank_0(samples_of_rollout)
     return rollout, samples
@@ -166,6 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(render(plan), flush=True)
         if options.dry_run:
+            return 0
+        found = checkpoint.newest(config.run.dir / CHECKPOINTS)
+        if found is not None and checkpoint.read_progress(found).step >= config.train.steps:
+            if rank == 0:
+                print(f"nothing to do: {found} has all of train.steps = {config.train.steps}")
             return 0
         if "RANK" not in os.environ:
             raise ConfigError(

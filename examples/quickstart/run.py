@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from megatron_gppo.config import Config, ConfigError, load_config
 CONFIG = Path("examples/quickstart/config.yaml")
 FOLDER = Path("runs/quickstart")  # as the paths in CONFIG have it
 NUM_RANKS = 2
+EVALUATE_START, EVALUATE_RESULT = "Evaluate the start", "Evaluate the result"
 
 console = Console(highlight=False)
 
@@ -51,7 +53,7 @@ def quickstart(folder: Path, overrides: list[str]) -> None:
             *("--tp", str(config.parallel.tp), "--pp", str(config.parallel.pp)),
         ],
     )
-    phases.run("Evaluate the start", [*evaluate, f"run.dir={folder / 'start'}"])
+    phases.run(EVALUATE_START, [*evaluate, f"run.dir={folder / 'start'}"])
     phases.run(
         "Train with CE-GPPO",
         [
@@ -67,7 +69,7 @@ def quickstart(folder: Path, overrides: list[str]) -> None:
             *("--output", str(result)),
         ],
     )
-    phases.run("Evaluate the result", [*evaluate, f"model.hf_path={result}", f"run.dir={folder / 'final'}"])
+    phases.run(EVALUATE_RESULT, [*evaluate, f"model.hf_path={result}", f"run.dir={folder / 'final'}"])
 
     print_summary(folder, config, phases.seconds)
 
@@ -93,29 +95,27 @@ def accuracy(folder: Path) -> float:
 
 def print_summary(folder: Path, config: Config, seconds: dict[str, float]) -> None:
     """Accuracy before and after, seconds by phase, and where to look next."""
-    before, after = accuracy(folder / "start"), accuracy(folder / "final")
-    results = Table(title=f"avg@{config.eval.samples} at temperature {config.eval.temperature:g}, held-out problems")
-    results.add_column("model")
-    results.add_column("accuracy", justify="right")
-    results.add_row("start", f"{before:.1%}")
-    results.add_row("after CE-GPPO", f"{after:.1%}")
-    results.add_row("difference", f"{100 * (after - before):+.1f} points")
-
-    times = Table(title="time")
-    times.add_column("phase")
-    times.add_column("seconds", justify="right")
+    accuracies = {EVALUATE_START: accuracy(folder / "start"), EVALUATE_RESULT: accuracy(folder / "final")}
+    gained = accuracies[EVALUATE_RESULT] - accuracies[EVALUATE_START]
+    table = Table(box=box.SIMPLE)
+    table.add_column("phase")
+    table.add_column("accuracy", justify="right")
+    table.add_column("seconds", justify="right")
     for phase, duration in seconds.items():
-        times.add_row(phase, f"{duration:.0f}")
-    times.add_section()
-    times.add_row("all", f"{sum(seconds.values()):.0f}")
-
+        table.add_row(phase, f"{accuracies[phase]:.1%}" if phase in accuracies else "", f"{duration:.0f}")
+    table.add_section()
+    table.add_row("", f"[bold]{100 * gained:+.1f} points", f"{sum(seconds.values()):.0f}")
     console.print()
-    console.print(results)
-    console.print(times)
+    console.print(table)
     console.print(
-        f"Curves: {Path(sys.executable).parent / 'tensorboard'} --logdir {folder / 'tensorboard'}", soft_wrap=True
+        f"accuracy: avg@{config.eval.samples} at temperature {config.eval.temperature:g} on problems that neither the "
+        "warm-up nor CE-GPPO has seen",
+        soft_wrap=True,
     )
-    console.print(f"Model:  {folder / 'result'}", soft_wrap=True)
+    console.print(f"model:    {folder / 'result'}", soft_wrap=True)
+    console.print(
+        f"curves:   {Path(sys.executable).parent / 'tensorboard'} --logdir {folder / 'tensorboard'}", soft_wrap=True
+    )
 
 
 def delete_run(folder: Path) -> None:

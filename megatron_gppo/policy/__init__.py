@@ -7,9 +7,9 @@ import warnings
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 
-from megatron_gppo.policy.checkpoint import CheckpointError, Progress
-from megatron_gppo.policy.policy import Policy
-from megatron_gppo.policy.setup import initialize_distributed, initialize_model_parallel, shut_down
+from megatron_gppo.policy.checkpoint import CheckpointError, Progress  # noqa: E402
+from megatron_gppo.policy.policy import Policy  # noqa: E402
+from megatron_gppo.policy.setup import initialize_distributed, initialize_model_parallel, shut_down  # noqa: E402
 
 __all__ = [
     "CheckpointError",

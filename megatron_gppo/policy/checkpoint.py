@@ -98,13 +98,13 @@ def load(folder: Path, policy: Policy) -> Progress:
     """
     doing = f"{folder}: could not be read"
     _attempt(policy.parallel, lambda: check_model(folder, policy.architecture), doing)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    saved_layout = json.loads((folder / MANIFEST).read_text())["layout"]
 
     def read() -> None:
         allocate_state(policy.optimizer)
         weights = _weights(policy)
         state = {**weights, "optimizer": _optimizer_state(policy, weights, is_loading=True)}
-        if manifest["layout"] == _layout(policy.parallel):
+        if saved_layout == _layout(policy.parallel):
             state["rng"] = _rng_object(policy.parallel, None)
         loaded = _read(folder, state)
         _set_weights(policy, loaded)
@@ -113,9 +113,15 @@ def load(folder: Path, policy: Policy) -> Progress:
             _set_rng_state(loaded["rng"])
 
     _attempt(policy.parallel, read, doing)
-    progress = Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
+    progress = read_progress(folder)
     policy.scheduler.step(increment=progress.updates)
     return progress
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run was that saved this checkpoint."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    return Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
 
 
 def newest(checkpoints: Path) -> Path | None:
@@ -215,7 +221,8 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 def _attempt(parallel: ParallelState, action: Callable[[], None] | None, doing: str) -> None:
     """Runs `action` on the ranks that have one. If it fails on any, the first of them raises CheckpointError, and the
     others PeerFailed."""
-    failure, cause = None, None
+    failure: str | None = None
+    cause: Exception | None = None
     try:
         if action is not None:
             action()

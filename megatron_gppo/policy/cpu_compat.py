@@ -43,7 +43,7 @@ def _redirect_torch() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.type = _as_cuda_type(torch.Tensor.type)  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, s: None  # type: ignore[method-assign]
 
     cpu, stream = torch.device("cpu"), _Stream()
     cuda: Any = torch.cuda

@@ -52,7 +52,9 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, sums, maxima = step.accumulate_gradients(self.network, batch, self.config.algorithm)
+        loss, sums, maxima = step.accumulate_gradients(
+            self.network, batch, self.config.algorithm, self.config.rollout.max_response_tokens
+        )
         grad_norm, applied = optimizer_step(self.optimizer)
         # A skipped update still counts: the schedule stays a function of the number of updates.
         self.scheduler.step(increment=1)

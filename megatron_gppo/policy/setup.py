@@ -16,6 +16,8 @@ def initialize_distributed(config: Config) -> None:
     """Joins the job that torchrun started: NCCL where there is CUDA, gloo elsewhere."""
     timeout = timedelta(seconds=config.run.collective_timeout_s)
     if torch.cuda.is_available():
+        # Megatron overlaps tensor-parallel communication with matmuls by the order of launches, which one queue keeps.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl", timeout=timeout)
     else:

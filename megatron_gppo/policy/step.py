@@ -13,7 +13,7 @@ callers never ask which stage they are on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -81,14 +81,14 @@ def score(network: Network, microbatches: Sequence[MicroBatch]) -> list[torch.Te
 
 
 def accumulate_gradients(
-    network: Network, batch: ScoredBatch, config: LossConfig
+    network: Network, batch: ScoredBatch, config: LossConfig, max_response_tokens: int
 ) -> tuple[float, dict[str, float], dict[str, float]]:
     """Adds the update's gradient to the chunks' main gradients.
 
     Returns (loss, sums, maxima) of policy_loss over all micro-batches and data-parallel ranks, equal on every rank.
     """
     update = batch.update
-    denominator = loss_denominator(config, update)
+    denominator = loss_denominator(config, update, max_response_tokens=max_response_tokens)
 
     def loss(
         model: PolicyModel, index: int, packed: MicroBatch, hidden: torch.Tensor
@@ -159,10 +159,9 @@ def _run_schedule(
 
 def _to_device(batch: MicroBatch) -> MicroBatch:
     device = torch.cuda.current_device()
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(
-        batch, **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
-    )
+    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return MicroBatch(**values | {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams:

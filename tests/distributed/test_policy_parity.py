@@ -50,7 +50,7 @@ def differentiate(rank: int, hf_folders: list[Path], layouts: list[str], budgets
                 (batch,) = perturbed_old_logprobs(policy, updates, samples)
                 for chunk in policy.chunks:
                     chunk.zero_grad_buffer()
-                statistics = step.accumulate_gradients(policy.network, batch, config.algorithm)
+                statistics = step.accumulate_gradients(policy.network, batch, config.algorithm, 48)
                 logprobs = unpack(scored.old_logprobs, scored.update.microbatches)
                 results[hf_folder, layout, budget] = logprobs, main_gradients(policy), statistics
                 parallel_state.destroy_model_parallel()
