@@ -1,11 +1,15 @@
 """The megatron-gppo command: ``megatron-gppo train`` and ``megatron-gppo eval``."""
 
 import argparse
-import subprocess
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
 import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_gppo.config import load_config
 from megatron_gppo.errors import REPORTED, exit_status
@@ -47,18 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     layout = load_config(options.config, options.overrides).parallel
     ranks = options.nproc_per_node or torch.cuda.device_count() or layout.tp * layout.pp
-    module = ["megatron_gppo.train", "--config", options.config, *options.overrides]
+    arguments = ["--config", options.config, *options.overrides]
     if options.dry_run:
         from megatron_gppo import train
 
-        return train.main([*module[1:], "--dry-run", "--world-size", str(ranks)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    process = subprocess.Popen([*launcher, *module])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the terminal has told torchrun, too, which ends when its ranks have saved
-            continue
+        return train.main([*arguments, "--dry-run", "--world-size", str(ranks)])
+    # The ranks say what went wrong, and torchrun would say it again in fifty lines.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun does, with a warning
+    launch = ["--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_gppo.train", *arguments]
+    try:
+        torchrun.run(torchrun.parse_args(launch))
+    except SignalException as ended:  # the ranks have had the signal, too, and have saved
+        return 128 + ended.sigval
+    except ChildFailedError as failed:
+        _, failure = failed.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
