@@ -29,15 +29,17 @@ EVALUATE_START, EVALUATE_RESULT = "Evaluate the start", "Evaluate the result"
 console = Console(highlight=False)
 
 
-def quickstart(folder: Path, overrides: list[str]) -> None:
-    """Runs what is still to be done in the folder and prints the result.
+def quickstart(folder: Path, overrides: list[str], *, fresh: bool = False) -> None:
+    """Runs what is still to be done in the folder, or all of it anew, and prints the result.
 
     Raises ConfigError, PhaseError and KeyboardInterrupt.
     """
     model, checkpoint, result = folder / "model", folder / "megatron", folder / "result"
     settings = [*elsewhere(folder), *overrides]
     config = load_config(CONFIG, settings)
-    phases = Phases(folder, config.model_dump(mode="json"), console)
+    if fresh:
+        delete_run(folder)
+    phases = Phases(folder, config.model_dump(mode="json", exclude_unset=True), console)
     python = sys.executable
     evaluate = [python, "-m", "megatron_gppo.cli", "eval", "--config", str(CONFIG), *settings]
 
@@ -57,8 +59,8 @@ def quickstart(folder: Path, overrides: list[str]) -> None:
     phases.run(
         "Train with CE-GPPO",
         [
-            *(python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS)),
-            *("-m", "megatron_gppo.train", "--config", str(CONFIG), *settings),
+            *(python, "-m", "megatron_gppo.cli", "train", "--nproc-per-node", str(NUM_RANKS)),
+            *("--config", str(CONFIG), *settings),
         ],
     )
     phases.run(
@@ -128,16 +130,15 @@ def delete_run(folder: Path) -> None:
 
 
 def main() -> int:
+    """The command line. Returns its exit status: 0 done, 1 failed, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart.run", description="Run the quick start.")
     parser.add_argument("--dir", type=Path, default=FOLDER, help="folder of the run (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run in that folder and start anew")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"instead of what {CONFIG} says")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     interrupt_on_signals()
     try:
-        if arguments.fresh:
-            delete_run(arguments.dir)
-        quickstart(arguments.dir, arguments.overrides)
+        quickstart(arguments.dir, arguments.overrides, fresh=arguments.fresh)
     except (ConfigError, PhaseError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

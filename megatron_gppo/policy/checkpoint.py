@@ -8,8 +8,11 @@ that has its final name is whole. All ranks must see the same file system.
 import json
 import random
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_gppo.convert import Architecture, copy_hf_assets
 from megatron_gppo.parallel import ParallelState, PeerFailed
-from megatron_gppo.policy.optimizer import allocate_state
+from megatron_gppo.policy.optimizer_checkpoint import allocate_state
 from megatron_gppo.policy.policy import Policy
 
-METADATA = {
+METADATA = {  # pass copies: Megatron adds the current groups to what it is given
     # One key a layer, so that any pipeline layout finds its layers.
     "non_homogeneous_layers": True,
     # Optimizer state in the shape of the parameters, so that any layout can load it.
@@ -58,15 +61,6 @@ def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> Non
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def write() -> None:
-        weights = _weights(policy)
-        state = {
-            **weights,
-            "optimizer": _optimizer_state(policy, weights),
-            "rng": _rng_object(parallel, _get_rng_state()),
-        }
-        dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
-
     def finish() -> None:
         copy_hf_assets(hf_path, partial / "hf")
         manifest = {**asdict(progress), "layout": _layout(parallel)}
@@ -75,9 +69,17 @@ def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> Non
         partial.rename(folder)
 
     doing = f"{folder}: could not be written"
-    _attempt(parallel, start if parallel.rank == 0 else None, doing)
-    _attempt(parallel, write, doing)
-    _attempt(parallel, finish if parallel.rank == 0 else None, doing)
+    _agreed(parallel, start if parallel.rank == 0 else None, doing)
+    with _failing_as(doing, parallel):
+        weights = _weights(policy)
+        state = {
+            **weights,
+            "optimizer": _optimizer_state(policy, weights),
+            "rng": _rng_object(parallel, _get_rng_state()),
+        }
+        with _signals_held_back():
+            dist_checkpointing.save(state, str(partial), content_metadata=dict(METADATA))
+    _agreed(parallel, finish if parallel.rank == 0 else None, doing)
 
 
 def load_weights(folder: Path, policy: Policy) -> None:
@@ -86,8 +88,9 @@ def load_weights(folder: Path, policy: Policy) -> None:
     Raises CheckpointError when it is not one, or one of another model.
     """
     doing = f"{folder}: could not be read"
-    _attempt(policy.parallel, lambda: check_model(folder, policy.architecture), doing)
-    _attempt(policy.parallel, lambda: _set_weights(policy, _read(folder, _weights(policy))), doing)
+    _agreed(policy.parallel, lambda: check_model(folder, policy.architecture), doing)
+    with _failing_as(doing, policy.parallel):
+        _set_weights(policy, _read(folder, _weights(policy)))
     policy.optimizer.reload_model_params()  # the fp32 masters
 
 
@@ -97,10 +100,10 @@ def load(folder: Path, policy: Policy) -> Progress:
     Random states are those of ranks, so they are restored only into the layout that they came from.
     """
     doing = f"{folder}: could not be read"
-    _attempt(policy.parallel, lambda: check_model(folder, policy.architecture), doing)
+    _agreed(policy.parallel, lambda: check_model(folder, policy.architecture), doing)
     saved_layout = json.loads((folder / MANIFEST).read_text())["layout"]
 
-    def read() -> None:
+    with _failing_as(doing, policy.parallel):
         allocate_state(policy.optimizer)
         weights = _weights(policy)
         state = {**weights, "optimizer": _optimizer_state(policy, weights, is_loading=True)}
@@ -111,8 +114,6 @@ def load(folder: Path, policy: Policy) -> Progress:
         policy.optimizer.load_state_dict(loaded["optimizer"])
         if "rng" in loaded:
             _set_rng_state(loaded["rng"])
-
-    _attempt(policy.parallel, read, doing)
     progress = read_progress(folder)
     policy.scheduler.step(increment=progress.updates)
     return progress
@@ -169,7 +170,7 @@ def _weights(policy: Policy) -> dict[str, Any]:
     return {
         f"model{i}": {
             name: value
-            for name, value in model.sharded_state_dict(metadata=METADATA).items()
+            for name, value in model.sharded_state_dict(metadata=dict(METADATA)).items()
             if not name.endswith(EXTRA_STATE)
         }
         for i, model in enumerate(policy.models)
@@ -185,7 +186,7 @@ def _set_weights(policy: Policy, loaded: dict[str, Any]) -> None:
 
 
 def _optimizer_state(policy: Policy, weights: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
-    return policy.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=METADATA)
+    return policy.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(METADATA))
 
 
 def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -218,20 +219,45 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def _attempt(parallel: ParallelState, action: Callable[[], None] | None, doing: str) -> None:
-    """Runs `action` on the ranks that have one. If it fails on any, the first of them raises CheckpointError, and the
-    others PeerFailed."""
-    failure: str | None = None
-    cause: Exception | None = None
+def _agreed(parallel: ParallelState, action: Callable[[], None] | None, doing: str) -> None:
+    """Runs `action`, which has no collectives, on the ranks that have one.
+
+    If it fails on any, the first of them raises CheckpointError, and the others PeerFailed.
+    """
+    error: CheckpointError | None = None
     try:
         if action is not None:
-            action()
-    except CheckpointError as error:
-        failure, cause = str(error), error
-    except Exception as error:
-        failure, cause = f"{doing} (rank {parallel.rank}: {type(error).__name__}: {error})", error
-    for rank, reason in enumerate(parallel.gather(failure)):
+            with _failing_as(doing, parallel):
+                action()
+    except CheckpointError as failure:
+        error = failure
+    for rank, reason in enumerate(parallel.gather(None if error is None else str(error))):
+        if error is not None and rank == parallel.rank:
+            raise error
         if reason is not None:
-            if rank == parallel.rank:
-                raise CheckpointError(reason) from cause
             raise PeerFailed(reason)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the block ends, here and in the processes that it starts.
+
+    Megatron writes files in processes of its own, which a terminal's Ctrl-C reaches, too, and would kill.
+    """
+    resource_tracker.ensure_running()  # else starting it would let the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _failing_as(doing: str, parallel: ParallelState) -> Iterator[None]:
+    """Turns any exception into a CheckpointError at once: peers that wait in a collective are ended by torchrun."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{doing} (rank {parallel.rank}: {type(error).__name__}: {error})") from error

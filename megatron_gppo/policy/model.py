@@ -91,8 +91,9 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         # The loss arrives divided by the update's global count: see policy/step.py.
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_cuda,
-        # Every weight is loaded from a checkpoint.
-        perform_initialization=False,
+        # Needless for the values, which are loaded; but it is initialisation that marks weights as tensor-parallel shards,
+        # and a gradient norm over unmarked ones leaves out all ranks but the first.
+        perform_initialization=True,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=USE_TRANSFORMER_ENGINE,
         bias_activation_fusion=USE_TRANSFORMER_ENGINE,

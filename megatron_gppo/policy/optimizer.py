@@ -12,11 +12,11 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_gppo.config import Config
 from megatron_gppo.policy.model import DTYPES, PolicyModel
+from megatron_gppo.policy.optimizer_checkpoint import mend
 
 
 def wrap_data_parallel(chunks: Sequence[PolicyModel], config: Config) -> list[DistributedDataParallel]:
@@ -57,9 +57,7 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(megatron_config)
     optimizer = get_megatron_optimizer(megatron_config, chunks, config_overrides=overrides)
-    for part in optimizer.chained_optimizers:
-        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
-            _give_each_parameter_its_own_step(part)
+    mend(optimizer)
     updates = config.train.steps * config.updates_per_step
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -93,44 +91,6 @@ def step(optimizer: ChainedOptimizer) -> tuple[float, bool]:
         clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
     return grad_norm, True
-
-
-def allocate_state(optimizer: ChainedOptimizer) -> None:
-    """Makes torch's Adam, used where TransformerEngine and Apex are missing, allocate the state that loading fills.
-
-    It only does so in a step, so this takes one that moves nothing.
-    """
-    for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        if not isinstance(inner, torch.optim.AdamW) or inner.state:
-            continue
-        rates = [group["lr"] for group in inner.param_groups]
-        for group in inner.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        inner.step()
-        inner.zero_grad()
-        for group, rate in zip(inner.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
-def _give_each_parameter_its_own_step(part: DistributedOptimizer) -> None:
-    """Mends loading a checkpoint into torch's Adam, which has a "step" tensor a parameter.
-
-    Megatron gives all parameters one shared tensor, which then advances once a parameter and update: a resumed run
-    looks right and diverges at its next update. It also expects a "step" for each parameter in the checkpoint, which
-    holds one for all.
-    """
-    set_states = part._set_main_param_and_optimizer_states
-
-    def set_states_but_step(model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = part.model_param_group_index_map[model_param]
-        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-        state["step"] = state["step"].clone()
-        set_states(model_param, {**tensors, "step": state["step"]})
-
-    part._set_main_param_and_optimizer_states = set_states_but_step
 
 
 def learning_rate(optimizer: ChainedOptimizer) -> float:

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from megatron_gppo.convert import Architecture
 from megatron_gppo.packing import unpack
 from megatron_gppo.policy import step
+from megatron_gppo.policy.optimizer import step as optimizer_step
 from tests.support.distributed import run_ranks
 from tests.support.policy import (
     LAYOUTS,
     Reference,
     build_policy,
     hf_gradients,
+    leave_model_parallel,
     main_gradients,
     make_config,
     make_samples,
@@ -52,8 +53,10 @@ def differentiate(rank: int, hf_folders: list[Path], layouts: list[str], budgets
                     chunk.zero_grad_buffer()
                 statistics = step.accumulate_gradients(policy.network, batch, config.algorithm, 48)
                 logprobs = unpack(scored.old_logprobs, scored.update.microbatches)
-                results[hf_folder, layout, budget] = logprobs, main_gradients(policy), statistics
-                parallel_state.destroy_model_parallel()
+                gradients = main_gradients(policy)
+                grad_norm, _ = optimizer_step(policy.optimizer)
+                results[hf_folder, layout, budget] = logprobs, gradients, statistics, grad_norm
+                leave_model_parallel()
     return results
 
 
@@ -90,6 +93,8 @@ def test_every_layout_equals_hf(hf_folders: list[Path], world_size: int, layouts
                 logprobs = reference.logprobs(sample)[0].detach()
                 torch.testing.assert_close(torch.from_numpy(scored[index]), logprobs, rtol=0, atol=5e-6, msg=str(case))
             assert_same_gradient(hf_gradients(architecture, [rank[case][1] for rank in ranks]), expected, case)
+            norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
+            assert [rank[case][3] for rank in ranks] == pytest.approx([norm] * world_size, rel=1e-5), case
             assert all(rank[case][2] == ranks[0][case][2] for rank in ranks), "the statistics differ between ranks"
             assert ranks[0][case][2][1]["num_tokens"] == sum(len(sample.response_ids) for sample in samples)
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_gppo.convert import convert_megatron_to_hf
 from megatron_gppo.metrics import TAGS
 from megatron_gppo.policy.checkpoint import folder_name
+from megatron_gppo.rollout.record import read_rollout, write_rollout
 from megatron_gppo.rollout.server import ManagedServer
 from megatron_gppo.weight_sync.endpoint import WeightEndpoint
 from tests.support.rollout import processes_below, wait_gone
@@ -81,6 +84,17 @@ def test_trains_and_gives_the_engine_the_new_weights(
     assert (new - old).abs().max() > 1e-2, "the weights have hardly moved"
 
 
+def lines_until(process: subprocess.Popen[str], wanted: str) -> str:
+    """What the process prints up to the first line that holds `wanted`."""
+    printed = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        printed.append(line)
+        if wanted in line:
+            return "".join(printed)
+    raise AssertionError("".join(printed)[-6000:])
+
+
 def hf_logprobs(folder: Path) -> torch.Tensor:
     """[L-1] of PROBE."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -109,18 +123,29 @@ def test_resumed_equals_uninterrupted(recording: Path, tiny_model: Path, tmp_pat
         assert before[tag] == after[tag], tag
 
 
+def test_ctrl_c_while_saving_loses_nothing(recording: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """In a replay that saves after every step, nearly all the time goes into saving."""
+    replay = tmp_path / "replay"
+    for step in range(1, 101):
+        write_rollout(replay, step, read_rollout(recording, 1))
+    config = write_config(tmp_path, tiny_model, rollout={"mode": "replay", "replay": str(replay)})
+    for _ in range(2):
+        process = start_training(config, 2, "parallel.tp=2", "train.steps=100")
+        printed = lines_until(process, "/100 ")
+        time.sleep(0.4)
+        os.killpg(process.pid, signal.SIGINT)
+        rest, _ = process.communicate(timeout=90)
+        assert "ended by SIGINT; progress is saved" in rest, printed + rest[-3000:]
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert 2 <= int(saved[-1].name.removeprefix("step_")) < 100
+    assert not [path for path in saved if path.name.endswith(".partial")]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves_nothing_running(tiny_model: Path, tmp_path: Path, signum: signal.Signals) -> None:
     config = write_config(tmp_path, tiny_model, run={"dir": str(tmp_path / "run"), "save_every": 1000})
     process = start_training(config, 2, "train.steps=1000")
-    assert process.stdout is not None
-    printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if " 2/1000 " in line:
-            break
-    else:
-        pytest.fail("".join(printed)[-6000:])
+    lines_until(process, " 2/1000 ")
     started = processes_below(process.pid)
     assert len(started) > 6, "torchrun, two ranks, a reward worker, the guard and SGLang's processes"
     os.killpg(process.pid, signum)

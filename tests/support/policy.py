@@ -67,6 +67,13 @@ def build_policy(config: Config) -> Policy:
     return policy
 
 
+def leave_model_parallel() -> None:
+    """So that the same processes can form another layout."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
 def make_samples(num_groups: int, group_size: int, vocab_size: int, seed: int = 0) -> list[Sample]:
     """Random samples of 1 to 47 response tokens, whose advantages differ in sign.
 

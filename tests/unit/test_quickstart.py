@@ -13,12 +13,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.quickstart import build_model
-from examples.quickstart.phases import PhaseError, Phases
+from examples.quickstart.phases import PhaseError, Phases, record_path
 from examples.quickstart.problems import Problem, make_problem_sets, write_jsonl
 from examples.quickstart.reward import exact_integer
-from examples.quickstart.run import CONFIG, FOLDER, delete_run, elsewhere
+from examples.quickstart.run import CONFIG, FOLDER, delete_run, elsewhere, quickstart
 from examples.quickstart.tokenizer import build_tokenizer
-from megatron_gppo.config import load_config
+from megatron_gppo.config import ConfigError, load_config
 
 
 def test_problem_sets_share_no_problem_and_cover_all() -> None:
@@ -138,6 +138,13 @@ def test_another_folder_moves_every_path(tmp_path: Path) -> None:
     assert elsewhere(FOLDER) == []
     moved = load_config(CONFIG, elsewhere(tmp_path)).model_dump_json()
     assert moved == load_config(CONFIG).model_dump_json().replace(str(FOLDER), str(tmp_path))
+
+
+def test_fresh_with_a_mistake_deletes_nothing(tmp_path: Path) -> None:
+    Phases(tmp_path, {}, Console(quiet=True))
+    with pytest.raises(ConfigError):
+        quickstart(tmp_path, ["train.steps=none"], fresh=True)
+    assert record_path(tmp_path).exists()
 
 
 def append(path: Path, exit_code: int = 0) -> list[str]:
