@@ -69,17 +69,17 @@ def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> Non
         partial.rename(folder)
 
     doing = f"{folder}: could not be written"
-    _agreed(parallel, start if parallel.rank == 0 else None, doing)
-    with _failing_as(doing, parallel):
-        weights = _weights(policy)
-        state = {
-            **weights,
-            "optimizer": _optimizer_state(policy, weights),
-            "rng": _rng_object(parallel, _get_rng_state()),
-        }
-        with _signals_held_back():
+    try:
+        _agreed(parallel, start if parallel.rank == 0 else None, doing)
+        with _failing_as(doing, parallel), _signals_held_back():
+            weights = _weights(policy)
+            optimizer = _optimizer_state(policy, weights)
+            state = {**weights, "optimizer": optimizer, "rng": _rng_object(parallel, _get_rng_state())}
             dist_checkpointing.save(state, str(partial), content_metadata=dict(METADATA))
-    _agreed(parallel, finish if parallel.rank == 0 else None, doing)
+        _agreed(parallel, finish if parallel.rank == 0 else None, doing)
+    except CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
+        raise
 
 
 def load_weights(folder: Path, policy: Policy) -> None:

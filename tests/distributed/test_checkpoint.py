@@ -1,6 +1,8 @@
 """Checkpoints by real ranks: training that went through one goes on as if it had not, in any layout."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,25 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_nothing(hf_f
     (tmp_path / "file").write_text("in the way")
     for message in run_ranks(2, save_where_it_cannot, hf_folder, tmp_path / "file"):
         assert "could not be written (rank 0: NotADirectoryError" in message
+
+
+def save_to_a_full_disk(rank: int, hf_folder: Path, folder: Path) -> str:
+    """A limit on the size of files stands in for the end of the disk; the writers' processes inherit it."""
+    policy = build_policy(make_config(hf_folder))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises((CheckpointError, PeerFailed)) as error:
+            checkpoint.save(folder / checkpoint.folder_name(1), policy, PROGRESS, hf_folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return str(error.value)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(hf_folder: Path, tmp_path: Path) -> None:
+    for message in run_ranks(2, save_to_a_full_disk, hf_folder, tmp_path / "checkpoints"):
+        assert "step_00000001: could not be written" in message
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_only_complete_checkpoints_are_found_and_old_ones_go(tmp_path: Path) -> None:

@@ -295,3 +295,9 @@ def test_sample_texts() -> None:
     assert sample_texts(make_rollout(), 0) == []
     spread = Rollout(groups=[make_group(row, [0.0], [1]) for row in range(9)], counts={}, seconds={})
     assert [text.split("row ")[1][0] for text in sample_texts(spread, 3)] == ["0", "3", "6"]
+
+
+def test_the_readme_lists_every_tag_with_its_meaning() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for tag, meaning in TAGS.items():
+        assert f"| `{tag}` | {meaning.replace('|', chr(92) + '|')} |" in readme, tag
