@@ -8,8 +8,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from megatron_gppo.algorithm import samples_from_groups
 from megatron_gppo.config import Config, ConfigError, load_config
@@ -31,10 +31,12 @@ from megatron_gppo.policy import (
     initialize_model_parallel,
     shut_down,
 )
-from megatron_gppo.rollout.generate import RolloutCancelled
+from megatron_gppo.rollout.engine import EngineError
+from megatron_gppo.rollout.generate import RolloutCancelled, RolloutError
+from megatron_gppo.rollout.rewards import RewardError
 from megatron_gppo.run import CHECKPOINTS, Run, connect, restore, start_services
 from megatron_gppo.scalars import sample_texts, step_scalars
-from megatron_gppo.weight_sync import WeightSync
+from megatron_gppo.weight_sync import WeightSync, WeightSyncError
 
 
 def train_step(run: Run, done: Progress) -> Progress | None:
@@ -42,7 +44,7 @@ def train_step(run: Run, done: Progress) -> Progress | None:
     config, policy, parallel, phases = run.config, run.policy, run.parallel, Phases()
     step = done.step + 1
 
-    with phases("rollout"):  # groups of judged responses on rank 0, samples with advantages everywhere
+    with phases("rollout"), saved_if_engines_fail(run, done):  # judged groups on rank 0, samples everywhere
         rollout, samples = generate(run, step)
     if samples is None:
         return None
@@ -62,14 +64,14 @@ def train_step(run: Run, done: Progress) -> Progress | None:
 
     with phases("train"):  # several optimizer steps against the same old log-probs
         stats = [policy.update(batch) for batch in batches]
+    progress = Progress(step, done.updates + len(stats), run.prompts.position if run.prompts is not None else 0)
 
-    with phases("sync"):
+    with phases("sync"), saved_if_engines_fail(run, progress):
         if run.sync is not None:
             run.sync.sync(policy.shards(), version=step)
             if step % config.sync.verify_every == 0:
                 probe(run, run.sync, samples[0])
 
-    progress = Progress(step, done.updates + len(stats), run.prompts.position if run.prompts is not None else 0)
     with phases("checkpoint"):
         if step % config.run.save_every == 0 or step == config.train.steps:
             save(run, progress)
@@ -112,6 +114,16 @@ def warn_of_drift(config: Config, step: int, worst: WorstSample | None, rollout:
             f"more than rollout.logprob_alarm = {config.rollout.logprob_alarm:g}; kept in {path}",
             file=sys.stderr,
         )
+
+
+@contextmanager
+def saved_if_engines_fail(run: Run, progress: Progress) -> Iterator[None]:
+    """Saves what is done before such a failure, which all ranks see at the same point, ends the run."""
+    try:
+        yield
+    except (EngineError, RolloutError, RewardError, WeightSyncError, PeerFailed):
+        save(run, progress)
+        raise
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -168,7 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return 0
         found = checkpoint.newest(config.run.dir / CHECKPOINTS)
-        if found is not None and checkpoint.read_progress(found).step >= config.train.steps:
+        if (
+            config.run.resume == "auto"
+            and found is not None
+            and checkpoint.read_progress(found).step >= config.train.steps
+        ):
             if rank == 0:
                 print(f"nothing to do: {found} has all of train.steps = {config.train.steps}")
             return 0
@@ -183,8 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0 or not isinstance(error, MISTAKES):
             print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
-    except PeerFailed:  # which says why
+    except PeerFailed:  # the peer says why
         return 1
+    except KeyboardInterrupt:  # before the first step, or a second time
+        return 128 + signal.SIGINT
     if ended_by is not None and rank == 0:
         print(f"ended by {ended_by.name}; progress is saved, and the same command goes on from there", file=sys.stderr)
     return 0 if ended_by is None else 128 + ended_by

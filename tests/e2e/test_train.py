@@ -141,22 +141,35 @@ def test_ctrl_c_while_saving_loses_nothing(recording: Path, tiny_model: Path, tm
     assert not [path for path in saved if path.name.endswith(".partial")]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves_nothing_running(tiny_model: Path, tmp_path: Path, signum: signal.Signals) -> None:
+@pytest.mark.parametrize("ending", ["SIGINT", "SIGTERM", "the engine dies"])
+def test_an_early_end_saves_and_leaves_nothing_running(tiny_model: Path, tmp_path: Path, ending: str) -> None:
     config = write_config(tmp_path, tiny_model, run={"dir": str(tmp_path / "run"), "save_every": 1000})
     process = start_training(config, 2, "train.steps=1000")
     lines_until(process, " 2/1000 ")
     started = processes_below(process.pid)
     assert len(started) > 6, "torchrun, two ranks, a reward worker, the guard and SGLang's processes"
-    os.killpg(process.pid, signum)
-    rest, _ = process.communicate(timeout=90)
-    assert f"ended by {signum.name}; progress is saved" in rest, rest[-3000:]
+    if ending == "the engine dies":
+        (engine,) = [pid for pid in started if is_engine(pid)]
+        os.kill(engine, signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.Signals[ending])
+    rest, _ = process.communicate(timeout=120)
+    expected = "the SGLang server at" if ending == "the engine dies" else f"ended by {ending}; progress is saved"
+    assert expected in rest, rest[-3000:]
+    assert process.returncode != 0
     assert wait_gone(started, 20) == []
     checkpoints = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert len(checkpoints) == 1
     done = int(checkpoints[0].removeprefix("step_"))
     assert done >= 2
 
-    output = train(config, 2, f"train.steps={done + 1}")
-    assert f"{done} of {done + 1} steps are done" in output
-    assert f" {done + 1}/{done + 1} " in output
+    if ending == "SIGINT":
+        output = train(config, 2, f"train.steps={done + 1}")
+        assert f"{done} of {done + 1} steps are done" in output
+        assert f" {done + 1}/{done + 1} " in output
+
+
+def is_engine(pid: int) -> bool:
+    """Whether it is SGLang's main process, not the guard, which has the same command as arguments."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"sglang.launch_server" in command and b"guard.py" not in command
