@@ -39,5 +39,7 @@ def environment(engine_tp: int) -> dict[str, str]:
     if engine_tp > 1:
         # Without it SGLang binds each rank to a NUMA node of its own, and fails where there are fewer nodes than ranks.
         cores = sorted(os.sched_getaffinity(0))
+        # A torch that was built for CUDA brings NCCL along, which SGLang would try between ranks on the CPU.
+        variables["SGLANG_NCCL_SO_PATH"] = "not-on-the-cpu"
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(engine_tp))
     return variables
