@@ -25,14 +25,18 @@ def worst_sample(
     batches: Sequence[ScoredBatch], samples: Sequence[Sample], parallel: ParallelState
 ) -> WorstSample | None:
     """The worst of all data-parallel ranks, on every rank; None when no sample has a loss token."""
-    own: WorstSample | None = None
+    own: list[WorstSample] = []
     for batch in batches:
         for index, logprobs in unpack(batch.old_logprobs, batch.update.microbatches).items():
             difference = float(np.abs(logprobs - samples[index].rollout_logprobs).mean())
-            if own is None or not difference <= own.difference:  # NaN is the worst of all
-                own = WorstSample(index, difference, logprobs)
-    found = [worst for worst in parallel.gather(own) if worst is not None]
-    return max(found, key=lambda worst: (np.isnan(worst.difference), worst.difference), default=None)
+            own.append(WorstSample(index, difference, logprobs))
+    found = [worst for worst in parallel.gather(_worst(own)) if worst is not None]
+    return _worst(found)
+
+
+def _worst(samples: Sequence[WorstSample]) -> WorstSample | None:
+    """NaN is worse than any number."""
+    return max(samples, key=lambda sample: (np.isnan(sample.difference), sample.difference), default=None)
 
 
 def write_alarm(folder: Path, step: int, worst: WorstSample, rollout: Rollout) -> Path:
