@@ -1,4 +1,4 @@
-"""Shape exchange between interleaved pipeline stages."""
+"""Messages between interleaved pipeline stages."""
 
 from typing import Any
 
@@ -12,13 +12,20 @@ NO_SHAPE = [0, 0, 0]
 
 
 class InterleavedCommunicator(P2PCommunicator):
-    """Megatron's communicator, made right for two interleaved stages with micro-batches of different lengths.
+    """Megatron's communicator, made right for interleaved stages in two places.
 
-    Two stages are each other's neighbours on both sides. Messages between a pair of ranks are matched by order alone,
+    Shapes. Two stages are each other's neighbours on both sides. Messages between a pair of ranks are matched by order alone,
     and upstream posts both directions' shapes as send-to-previous, receive-from-previous, send-to-next,
     receive-from-next, so that each stage takes the shape of the one direction for that of the other. Here every rank
     posts the forward direction first. (The tensors themselves are matched by overlap_p2p_comm, which is on.)
+
+    Lifetime. The schedule replaces an output's data (deallocate_pipeline_outputs) while it is still being sent. NCCL keeps
+    that memory by itself; gloo would read what was put there since, whenever the next stage is late. An alias is sent.
     """
+
+    def _communicate(self, *, tensor_send_next: torch.Tensor | None, **arguments: Any) -> Any:
+        alias = None if tensor_send_next is None else tensor_send_next.detach()
+        return super()._communicate(tensor_send_next=alias, **arguments)
 
     def _communicate_shapes(
         self,
