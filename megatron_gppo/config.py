@@ -226,6 +226,9 @@ class LossConfig(Section):
     aggregation: Aggregation = "token_mean"
     """token_mean: one global token count an update; group_token_mean: Eq. 8 to the letter; seq_*: sequence means."""
 
+    high_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """A token is of high probability from here on, for the metrics by quadrant (Figure 1 of the paper)."""
+
     @model_validator(mode="after")
     def _betas(self) -> "LossConfig":
         if self.objective == "ce_gppo":

@@ -18,7 +18,7 @@ Packed alone with an alignment of 8 it becomes (T = 8, "." is padding, "x" is ig
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -135,8 +135,16 @@ class UpdateStats:
 
     sums: dict[str, float]  # policy_loss's metrics, summed over all micro-batches and data-parallel ranks
     maxima: dict[str, float]  # likewise, by maximum
+    ratio_histogram: list[float]  # likewise, policy_loss's counts of tokens by ratio
     num_loss_tokens: int
     loss: float
     grad_norm: float  # before clipping
     lr: float
     skipped: bool  # the gradient was not finite, so no weight moved
+
+
+class EntropyPoint(NamedTuple):
+    """A step in entropy_trace.py."""
+
+    covariance: float  # Eq. 7's, over the step's loss tokens
+    entropy: float  # nats, mean over the same tokens

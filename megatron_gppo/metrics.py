@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from rich.console import Console
@@ -52,7 +53,24 @@ TAGS: dict[str, str] = {
     "ratio/right_of_clip": "share of tokens with a ratio above 1 + clip_high",
     "ratio/left_of_clip_acting": "share of tokens left of the clip range with a negative advantage: beta1 acts on them",
     "ratio/right_of_clip_acting": "share of tokens right of the clip range with a positive advantage: beta2 acts on them",
+    "ratio/left_of_clip_gradient": "share of the gradient weight that tokens have on which the left bound acts; 0 for ppo_clip, dapo and gspo",
+    "ratio/right_of_clip_gradient": "likewise, the right bound",
     "ratio/clamped": "tokens whose log-ratio was clamped to +-20",
+    "ratio/effective_sample_size": "(sum of ratios)^2 / sum of squared ratios, as a share of the tokens",
+    "ratio/histogram": "tokens by ratio, as a histogram",
+    "quadrant/pa_hp_tokens": "share of tokens with a positive advantage and a high probability (from algorithm.high_probability on): lowers entropy",
+    "quadrant/pa_lp_tokens": "positive advantage, low probability: raises entropy",
+    "quadrant/na_hp_tokens": "negative advantage, high probability: raises entropy",
+    "quadrant/na_lp_tokens": "negative advantage, low probability: lowers entropy",
+    "quadrant/pa_hp_gradient": "share of the gradient weight, |d loss / d logprob| by the objective, that these tokens have",
+    "quadrant/pa_lp_gradient": "likewise",
+    "quadrant/na_hp_gradient": "likewise",
+    "quadrant/na_lp_gradient": "likewise",
+    "probability/clipped": "mean probability of tokens on which a bound acts",
+    "probability/unclipped": "mean probability of all others",
+    "entropy/covariance": "Eq. 7: covariance of log pi and pi A over tokens. Positive: the entropy should fall",
+    "entropy/sign_agreement": "share of the last 100 steps in which the mean entropy then moved as the covariance's sign says",
+    "entropy/covariance_correlation": "correlation of -covariance with the entropy's change to the next step, over the last 100 steps",
     "engine/logprob_difference_mean": "mean |log-prob by the policy - log-prob by the engine| in nats, same weights",
     "engine/logprob_difference_max": "the largest of these",
     "engine/logprob_difference_bias": "their mean with sign, policy minus engine",
@@ -70,6 +88,15 @@ TAGS: dict[str, str] = {
     "memory/gpu_peak_gib": "most GPU memory that rank 0 held so far; only with CUDA",
     "samples": "a few prompts, responses and rewards, as text",
 }
+
+
+class Histogram(NamedTuple):
+    """Counts of values, by bucket."""
+
+    upper_bounds: np.ndarray  # [B], ascending; a bucket reaches down to the bound of the one before it
+    counts: np.ndarray  # [B]
+    sum: float  # of the values
+    sum_squares: float
 
 
 class Column(NamedTuple):
@@ -143,13 +170,32 @@ class MetricsLogger:
         self._end_bar()
         self._writer.close()
 
-    def log_step(self, step: int, scalars: Mapping[str, float], texts: Sequence[str] = ()) -> None:
-        """Writes a step's scalars, whose tags TAGS documents, and its sample texts, and prints its line."""
-        scalars = {**scalars, **memory_scalars()}
-        undocumented = set(scalars) - set(TAGS)
+    def log_step(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        texts: Sequence[str] = (),
+        histograms: Mapping[str, Histogram] | None = None,
+    ) -> None:
+        """Writes a step's scalars and histograms, whose tags TAGS documents, and its sample texts, and prints its line."""
+        scalars, histograms = {**scalars, **memory_scalars()}, histograms or {}
+        undocumented = {*scalars, *histograms} - set(TAGS)
         assert not undocumented, f"not in TAGS: {sorted(undocumented)}"
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
+        for tag, histogram in histograms.items():
+            occupied = histogram.upper_bounds[histogram.counts > 0]
+            self._writer.add_histogram_raw(
+                tag,
+                min=occupied[0],
+                max=occupied[-1],
+                num=histogram.counts.sum(),
+                sum=histogram.sum,
+                sum_squares=histogram.sum_squares,
+                bucket_limits=histogram.upper_bounds.tolist(),
+                bucket_counts=histogram.counts.tolist(),
+                global_step=step,
+            )
         if texts:
             self._writer.add_text("samples", "\n\n---\n\n".join(texts), step)
         self._writer.flush()

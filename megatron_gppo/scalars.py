@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_gppo.algorithm import is_degenerate
-from megatron_gppo.datatypes import Group, Response, Rollout, UpdateStats, Verdict
+from megatron_gppo.algorithm import LOG_RATIO_BOUNDS, QUADRANTS, is_degenerate
+from megatron_gppo.datatypes import EntropyPoint, Group, Response, Rollout, UpdateStats, Verdict
+from megatron_gppo.entropy_trace import covariance, trace_scalars
+from megatron_gppo.metrics import Histogram
 
 # Rollout.counts, by tag. An event that did not happen is a 0 in TensorBoard, not a gap.
 EVENTS = {
@@ -21,7 +23,9 @@ EVENTS = {
 }
 
 
-def step_scalars(rollout: Rollout, updates: Sequence[UpdateStats], seconds: Mapping[str, float]) -> dict[str, float]:
+def step_scalars(
+    rollout: Rollout, updates: Sequence[UpdateStats], trace: Sequence[EntropyPoint], seconds: Mapping[str, float]
+) -> dict[str, float]:
     """All scalars of a step. seconds is by phase, with "step" for the whole (metrics.Phases)."""
     tokens = sum(
         len(group.prompt.token_ids) + len(response.token_ids)
@@ -31,6 +35,7 @@ def step_scalars(rollout: Rollout, updates: Sequence[UpdateStats], seconds: Mapp
     return {
         **rollout_scalars(rollout),
         **update_scalars(updates),
+        **trace_scalars(trace),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
         "throughput/tokens_per_s": tokens / seconds["step"],
     }
@@ -90,8 +95,8 @@ def update_scalars(updates: Sequence[UpdateStats]) -> dict[str, float]:
             "ratio/mean": "ratio",
             "ratio/left_of_clip": "left_of_clip",
             "ratio/right_of_clip": "right_of_clip",
-            "ratio/left_of_clip_acting": "left_of_clip_acting",
-            "ratio/right_of_clip_acting": "right_of_clip_acting",
+            "ratio/left_of_clip_acting": "tokens_left",
+            "ratio/right_of_clip_acting": "tokens_right",
             "engine/logprob_difference_mean": "abs_rollout_logprob_diff",
             "engine/logprob_difference_bias": "rollout_logprob_diff",
         }.items()
@@ -101,6 +106,8 @@ def update_scalars(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "policy/loss": float(np.mean([update.loss for update in measured])),
         "ratio/clamped": sums["clamped_log_ratio"],
         "ratio/max": maxima["ratio"],
+        **dynamics_scalars(sums),
+        "entropy/covariance": covariance(measured),
     }
     if "abs_rollout_logprob_diff" in maxima:
         scalars["engine/logprob_difference_max"] = maxima["abs_rollout_logprob_diff"]
@@ -111,6 +118,40 @@ def update_scalars(updates: Sequence[UpdateStats]) -> dict[str, float]:
         scalars["policy/grad_norm"] = float(np.mean(grad_norms))
         scalars["policy/grad_norm_max"] = max(grad_norms)
     return scalars
+
+
+def dynamics_scalars(sums: Mapping[str, float]) -> dict[str, float]:
+    """Shares of tokens and of gradient weight, from algorithm/dynamics.py's sums. A share of nothing is left out."""
+    clipped = sums["tokens_left"] + sums["tokens_right"]
+    num_tokens = sums["num_tokens"]
+    shares: dict[str, tuple[float, float]] = {
+        **{f"quadrant/{name}_tokens": (sums[f"tokens_{name}"], num_tokens) for name in QUADRANTS},
+        **{f"quadrant/{name}_gradient": (sums[f"gradient_{name}"], sums["gradient"]) for name in QUADRANTS},
+        "ratio/left_of_clip_gradient": (sums["gradient_left"], sums["gradient"]),
+        "ratio/right_of_clip_gradient": (sums["gradient_right"], sums["gradient"]),
+        "ratio/effective_sample_size": (sums["ratio"] ** 2, sums["squared_ratio"] * num_tokens),
+        "probability/clipped": (sums["probability_left"] + sums["probability_right"], clipped),
+        "probability/unclipped": (
+            sums["probability"] - sums["probability_left"] - sums["probability_right"],
+            num_tokens - clipped,
+        ),
+    }
+    return {tag: part / whole for tag, (part, whole) in shares.items() if whole > 0}
+
+
+def step_histograms(updates: Sequence[UpdateStats]) -> dict[str, Histogram]:
+    """Of the ratio, over all loss tokens of the step's updates; none without a token."""
+    measured = [update for update in updates if update.num_loss_tokens > 0]
+    if not measured:
+        return {}
+    return {
+        "ratio/histogram": Histogram(
+            upper_bounds=np.exp(LOG_RATIO_BOUNDS),
+            counts=np.sum([update.ratio_histogram for update in measured], axis=0),
+            sum=sum(update.sums["ratio"] for update in measured),
+            sum_squares=sum(update.sums["squared_ratio"] for update in measured),
+        )
+    }
 
 
 def sample_texts(rollout: Rollout, count: int) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from megatron_gppo import entropy_trace
 from megatron_gppo.algorithm import samples_from_groups
 from megatron_gppo.config import Config, ConfigError, load_config
 from megatron_gppo.convert import Architecture
@@ -35,7 +36,7 @@ from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import RolloutCancelled, RolloutError
 from megatron_gppo.rollout.rewards import RewardError
 from megatron_gppo.run import CHECKPOINTS, Run, connect, restore, start_services
-from megatron_gppo.scalars import sample_texts, step_scalars
+from megatron_gppo.scalars import sample_texts, step_histograms, step_scalars
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
 
 
@@ -64,7 +65,12 @@ def train_step(run: Run, done: Progress) -> Progress | None:
 
     with phases("train"):  # several optimizer steps against the same old log-probs
         stats = [policy.update(batch) for batch in batches]
-    progress = Progress(step, done.updates + len(stats), run.prompts.position if run.prompts is not None else 0)
+    progress = Progress(
+        step=step,
+        updates=done.updates + len(stats),
+        data_position=run.prompts.position if run.prompts is not None else 0,
+        entropy_trace=entropy_trace.extended(done.entropy_trace, stats),
+    )
 
     with phases("sync"), saved_if_engines_fail(run, progress):
         if run.sync is not None:
@@ -77,8 +83,9 @@ def train_step(run: Run, done: Progress) -> Progress | None:
             save(run, progress)
 
     if run.logger is not None and rollout is not None:
-        scalars = step_scalars(rollout, stats, phases.seconds)
-        run.logger.log_step(step, scalars, sample_texts(rollout, config.run.log_samples))
+        scalars = step_scalars(rollout, stats, progress.entropy_trace, phases.seconds)
+        texts = sample_texts(rollout, config.run.log_samples)
+        run.logger.log_step(step, scalars, texts, step_histograms(stats))
         warn_of_drift(config, step, worst, rollout)
     return progress
 

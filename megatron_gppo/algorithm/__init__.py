@@ -2,11 +2,14 @@
 
 from megatron_gppo.algorithm.advantages import group_advantages, is_degenerate, samples_from_groups
 from megatron_gppo.algorithm.aggregation import loss_denominator
+from megatron_gppo.algorithm.dynamics import LOG_RATIO_BOUNDS, QUADRANTS
 from megatron_gppo.algorithm.logprobs import linear_logprobs_and_entropy, vocab_parallel_logprobs_and_entropy
 from megatron_gppo.algorithm.losses import LossOutput, policy_loss
 from megatron_gppo.config import LossConfig
 
 __all__ = [
+    "LOG_RATIO_BOUNDS",
+    "QUADRANTS",
     "LossConfig",
     "LossOutput",
     "group_advantages",

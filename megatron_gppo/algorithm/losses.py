@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gppo.algorithm.aggregation import sequence_of_token, token_weights
+from megatron_gppo.algorithm.dynamics import entropy_dynamics, ratio_histogram
 from megatron_gppo.algorithm.inputs import check_lengths, needed
 from megatron_gppo.algorithm.objectives import (
     MAX_LOG_RATIO,
     ImportanceRatio,
-    acting,
+    gradient_factor,
     importance_ratio,
     sequence_mean,
     surrogate,
@@ -25,11 +26,12 @@ from megatron_gppo.config import LossConfig
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """A micro-batch's loss on this rank and what was seen on the way. All tensors are 0-dim fp32."""
+    """A micro-batch's loss on this rank and what was seen on the way. Tensors are fp32, 0-dim unless said otherwise."""
 
     loss: Tensor  # to minimise; add up over micro-batches and ranks
     metrics: dict[str, Tensor]  # sums over loss tokens, detached; add up likewise
     maxima: dict[str, Tensor]  # over loss tokens, detached, 0 without any; reduce by maximum
+    ratio_histogram: Tensor  # [B] loss tokens by ratio, the buckets of dynamics.LOG_RATIO_BOUNDS; add up
 
 
 def policy_loss(
@@ -148,8 +150,17 @@ def policy_loss(
         loss = loss - config.nll_coef / count * _unmasked(logprobs, is_correct).sum()
 
     rollout_diff = None if rollout_logprobs is None else old_logprobs - _unmasked(rollout_logprobs, loss_mask)
-    metrics, maxima = _metrics(loss_mask, log_ratio, importance, advantages, entropy, reference_kl, rollout_diff)
-    return LossOutput(loss, metrics, maxima)
+    metrics, maxima = _metrics(loss_mask, log_ratio, importance, entropy, reference_kl, rollout_diff)
+    gradient_weights = (gradient_factor(config, advantages, importance) * advantages).abs()
+    metrics |= entropy_dynamics(
+        config,
+        logprobs=logprobs,
+        advantages=advantages,
+        loss_mask=loss_mask,
+        importance=importance,
+        gradient_weights=gradient_weights if weights is None else gradient_weights * weights,
+    )
+    return LossOutput(loss, metrics, maxima, ratio_histogram(importance, loss_mask))
 
 
 def _unmasked(values: Tensor, mask: Tensor) -> Tensor:
@@ -181,7 +192,6 @@ def _metrics(
     loss_mask: Tensor,
     log_ratio: Tensor,
     importance: ImportanceRatio,
-    advantages: Tensor,
     entropy: Tensor | None,
     reference_kl: Tensor | None,
     rollout_diff: Tensor | None,
@@ -195,14 +205,11 @@ def _metrics(
         # The zero beside them stands for the maximum over no token at all.
         return torch.cat([_unmasked(values, loss_mask), loss_mask.new_zeros(1, dtype=torch.float32)]).amax()
 
-    acting_left, acting_right = acting(importance, advantages)
     token_log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     metrics = {
         "num_tokens": total(loss_mask),
         "left_of_clip": total(importance.left),
         "right_of_clip": total(importance.right),
-        "left_of_clip_acting": total(acting_left),  # NA&LP: with A < 0, so that the bound changes the objective
-        "right_of_clip_acting": total(acting_right),  # PA&LP: with A > 0, likewise
         "ratio": total(importance.ratio),
         "clamped_log_ratio": total(importance.was_clamped),
         # Of KL(old || policy), unbiased because the tokens are the old policy's and E[ratio] = 1: ratio - 1 - log ratio.

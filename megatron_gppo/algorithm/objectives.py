@@ -2,9 +2,10 @@
 
 Notation: lp = log π_θ, δ = ratio to the old policy, sg() stops the gradient, A the advantage. All tensors are [T] fp32.
 
-δ is formed as sg(δ) · exp(lp - sg(lp)). The second factor is δ/sg(δ): it is 1 and has the gradient of lp, and unlike the
-quotient it is not NaN when δ overflows or underflows. sg(δ) comes from a log-ratio clamped to ±20, so a clamped token
-keeps a gradient, of weight e^±20.
+The gradient of every objective is F · A · ∇lp with a factor F that needs no gradient itself, so a token's objective is
+formed as A · (value + F · (lp - sg(lp))): the difference is 0 and has the gradient of lp. Unlike δ/sg(δ) it is not NaN
+when δ overflows or underflows. sg(δ) comes from a log-ratio clamped to ±20, so a clamped token keeps a gradient, of
+weight e^±20.
 
 Branches are taken on the fp32 ratio against bounds rounded once to fp32.
 """
@@ -59,9 +60,9 @@ def sequence_mean(
 
 
 def surrogate(config: LossConfig, logprobs: Tensor, advantages: Tensor, importance: ImportanceRatio) -> Tensor:
-    """The objective of each token, to maximise: [T] fp32, differentiable in logprobs.
+    """The objective of each token, to maximise: [T] fp32, differentiable in logprobs with gradient F · A.
 
-    ce_gppo   arXiv 2509.20712 Eq. 8; its gradient is F · A · ∇lp with F of Eq. 10
+    ce_gppo   arXiv 2509.20712 Eq. 8; its F is that of Eq. 10
     ppo_clip  min(δA, clip(δ)A), as GRPO uses it (arXiv 2402.03300 Eq. 3)
     dapo      arXiv 2503.14476 Eq. 8: ppo_clip with clip_low and clip_high apart (as all objectives here have them);
               its token-level mean is the aggregation token_mean
@@ -73,26 +74,43 @@ def surrogate(config: LossConfig, logprobs: Tensor, advantages: Tensor, importan
     dual_clip (arXiv 1912.09729) bounds the ratio of tokens with A < 0 by c: the objective of a token beyond it is the
     constant cA. cispo has bounded its weight already; there c bounds that weight further.
     """
+    factor = gradient_factor(config, advantages, importance)
     if config.objective == "cispo":
-        weight = importance.ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-        if config.dual_clip is not None:
-            weight = torch.where(advantages < 0, weight.clamp(max=config.dual_clip), weight)
-        return weight * advantages * logprobs
+        return factor * advantages * logprobs
+    if config.objective == "ce_gppo":
+        value = factor
+    else:
+        acting_left, acting_right = acting(importance, advantages)
+        value = torch.where(acting_left, 1.0 - config.clip_low, importance.ratio)
+        value = torch.where(acting_right, 1.0 + config.clip_high, value)
+    if config.dual_clip is not None:
+        value = torch.where(_beyond(config.dual_clip, advantages, importance), config.dual_clip, value)
+    return advantages * (value + factor * (logprobs - logprobs.detach()))
 
-    unit = torch.exp(logprobs - logprobs.detach())  # δ/sg(δ)
-    acting_left, acting_right = acting(importance, advantages)
-    factor = importance.ratio * unit
+
+@torch.no_grad()
+def gradient_factor(config: LossConfig, advantages: Tensor, importance: ImportanceRatio) -> Tensor:
+    """F of each token: [T] fp32, with which the gradient of its objective is F · A · ∇lp. For ce_gppo, Eq. 10."""
+    if config.objective == "cispo":
+        factor = importance.ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+        if config.dual_clip is not None:
+            factor = torch.where(advantages < 0, factor.clamp(max=config.dual_clip), factor)
+        return factor
+    left = right = 0.0
     if config.objective == "ce_gppo":
         assert config.beta1 is not None
         assert config.beta2 is not None
-        factor = torch.where(acting_left, config.beta1 * (1.0 - config.clip_low) * unit, factor)
-        factor = torch.where(acting_right, config.beta2 * (1.0 + config.clip_high) * unit, factor)
-    else:
-        factor = torch.where(acting_left, 1.0 - config.clip_low, factor)
-        factor = torch.where(acting_right, 1.0 + config.clip_high, factor)
+        left, right = config.beta1 * (1.0 - config.clip_low), config.beta2 * (1.0 + config.clip_high)
+    acting_left, acting_right = acting(importance, advantages)
+    factor = torch.where(acting_left, left, importance.ratio)
+    factor = torch.where(acting_right, right, factor)
     if config.dual_clip is not None:
-        factor = torch.where((advantages < 0) & (importance.ratio > config.dual_clip), config.dual_clip, factor)
-    return advantages * factor
+        factor = torch.where(_beyond(config.dual_clip, advantages, importance), 0.0, factor)
+    return factor
+
+
+def _beyond(dual_clip: float, advantages: Tensor, importance: ImportanceRatio) -> Tensor:
+    return (advantages < 0) & (importance.ratio > dual_clip)
 
 
 def acting(importance: ImportanceRatio, advantages: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_gppo.convert import Architecture, copy_hf_assets
+from megatron_gppo.datatypes import EntropyPoint
 from megatron_gppo.parallel import ParallelState, PeerFailed
 from megatron_gppo.policy.optimizer_checkpoint import allocate_state
 from megatron_gppo.policy.policy import Policy
@@ -50,6 +51,7 @@ class Progress:
     step: int  # steps done; also the version of the weights
     updates: int  # optimizer steps done
     data_position: int  # prompts taken
+    entropy_trace: tuple[EntropyPoint, ...] = ()  # of the last steps
 
 
 def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> None:
@@ -122,7 +124,8 @@ def load(folder: Path, policy: Policy) -> Progress:
 def read_progress(folder: Path) -> Progress:
     """How far the run was that saved this checkpoint."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    return Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
+    values = {field.name: manifest[field.name] for field in fields(Progress)}
+    return Progress(**values | {"entropy_trace": tuple(EntropyPoint(*point) for point in values["entropy_trace"])})
 
 
 def newest(checkpoints: Path) -> Path | None:

@@ -48,17 +48,26 @@ class Policy:
         """One optimizer step. A gradient that is not finite, or an update without a loss token, moves nothing."""
         lr = learning_rate(self.optimizer)
         if batch.update.num_loss_tokens == 0:
-            return UpdateStats({}, {}, 0, loss=0.0, grad_norm=0.0, lr=lr, skipped=True)
+            return UpdateStats({}, {}, [], 0, loss=0.0, grad_norm=0.0, lr=lr, skipped=True)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, sums, maxima = step.accumulate_gradients(
+        seen = step.accumulate_gradients(
             self.network, batch, self.config.algorithm, self.config.rollout.max_response_tokens
         )
         grad_norm, applied = optimizer_step(self.optimizer)
         # A skipped update still counts: the schedule stays a function of the number of updates.
         self.scheduler.step(increment=1)
-        return UpdateStats(sums, maxima, batch.update.num_loss_tokens, loss, grad_norm, lr, skipped=not applied)
+        return UpdateStats(
+            seen.sums,
+            seen.maxima,
+            seen.ratio_histogram,
+            batch.update.num_loss_tokens,
+            seen.loss,
+            grad_norm,
+            lr,
+            skipped=not applied,
+        )
 
     def sequence_logprobs(self, token_ids: list[int]) -> torch.Tensor:
         """Log-probs at temperature 1 of token_ids[1:], each given what stands before it: [L-1] float32."""

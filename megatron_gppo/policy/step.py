@@ -13,9 +13,9 @@ callers never ask which stage they are on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,15 @@ class Network:
         )
 
 
+class LossSums(NamedTuple):
+    """LossOutput over an update: all micro-batches and data-parallel ranks."""
+
+    loss: float
+    sums: dict[str, float]
+    maxima: dict[str, float]
+    ratio_histogram: list[float]
+
+
 @torch.no_grad()
 def score(network: Network, microbatches: Sequence[MicroBatch]) -> list[torch.Tensor]:
     """Log-probs of each micro-batch under the current weights: [T] float32 on the CPU of every rank, 0 outside the mask."""
@@ -82,11 +91,8 @@ def score(network: Network, microbatches: Sequence[MicroBatch]) -> list[torch.Te
 
 def accumulate_gradients(
     network: Network, batch: ScoredBatch, config: LossConfig, max_response_tokens: int
-) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Adds the update's gradient to the chunks' main gradients.
-
-    Returns (loss, sums, maxima) of policy_loss over all micro-batches and data-parallel ranks, equal on every rank.
-    """
+) -> LossSums:
+    """Adds the update's gradient to the chunks' main gradients. Returns what policy_loss saw, equal on every rank."""
     update = batch.update
     denominator = loss_denominator(config, update, max_response_tokens=max_response_tokens)
 
@@ -109,7 +115,7 @@ def accumulate_gradients(
             correct=packed.correct,
             num_correct_tokens=update.num_correct_tokens,
         )
-        return output.loss, 1, LossOutput(output.loss.detach(), output.metrics, output.maxima)
+        return output.loss, 1, replace(output, loss=output.loss.detach())
 
     outputs = _run_schedule(network, update.microbatches, loss, forward_only=False)
     return _reduce(outputs, network.parallel)
@@ -175,23 +181,31 @@ def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams:
     )
 
 
-def _reduce(outputs: list[LossOutput], parallel: ParallelState) -> tuple[float, dict[str, float], dict[str, float]]:
+def _reduce(outputs: list[LossOutput], parallel: ParallelState) -> LossSums:
     """Adds the last stage's outputs over micro-batches and data-parallel ranks, and tells all stages."""
     result: list[Any] = [None]
     if parallel.is_last_pp_stage:
-        sums = torch.stack([torch.stack([output.loss, *output.metrics.values()]).double() for output in outputs]).sum(0)
-        maxima = torch.stack([torch.stack([*output.maxima.values()]).double() for output in outputs]).amax(0)
+        first = outputs[0]
+        sums = torch.stack([_flat(output.loss, *output.metrics.values(), output.ratio_histogram) for output in outputs])
+        maxima = torch.stack([_flat(*output.maxima.values()) for output in outputs])
+        sums, maxima = sums.sum(0), maxima.amax(0)
         if parallel.dp_size > 1:
             dist.all_reduce(sums, group=parallel.dp_group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=parallel.dp_group)
         loss, *values = sums.tolist()
+        metrics, histogram = values[: len(first.metrics)], values[len(first.metrics) :]
         result = [
-            (
+            LossSums(
                 loss,
-                dict(zip(outputs[0].metrics, values, strict=True)),
-                dict(zip(outputs[0].maxima, maxima.tolist(), strict=True)),
+                dict(zip(first.metrics, metrics, strict=True)),
+                dict(zip(first.maxima, maxima.tolist(), strict=True)),
+                histogram,
             )
         ]
     if parallel.pp_size > 1:
         dist.broadcast_object_list(result, group=parallel.pp_group, group_src=parallel.pp_size - 1)
     return result[0]
+
+
+def _flat(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).double()

@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_gppo import metrics
 from megatron_gppo.algorithm import policy_loss
 from megatron_gppo.config import LossConfig
-from megatron_gppo.datatypes import Group, Outcome, Prompt, Response, Rollout, UpdateStats, Verdict
+from megatron_gppo.datatypes import EntropyPoint, Group, Outcome, Prompt, Response, Rollout, UpdateStats, Verdict
 from megatron_gppo.metrics import TAGS, MetricsLogger, Phases
 from megatron_gppo.rollout.generate import COUNTS
-from megatron_gppo.scalars import EVENTS, rollout_scalars, sample_texts, step_scalars, update_scalars
+from megatron_gppo.scalars import EVENTS, rollout_scalars, sample_texts, step_histograms, step_scalars, update_scalars
 
 
 def make_group(row: int, rewards: list[float], lengths: list[int], outcomes: list[Outcome] | None = None) -> Group:
@@ -67,6 +67,7 @@ def make_stats(*, ratios: list[float], lr: float = 1e-4, grad_norm: float = 1.0,
     return UpdateStats(
         sums={key: value.item() for key, value in output.metrics.items()},
         maxima={key: value.item() for key, value in output.maxima.items()},
+        ratio_histogram=output.ratio_histogram.tolist(),
         num_loss_tokens=len(ratios),
         loss=output.loss.item(),
         grad_norm=grad_norm,
@@ -75,7 +76,7 @@ def make_stats(*, ratios: list[float], lr: float = 1e-4, grad_norm: float = 1.0,
     )
 
 
-NO_TOKENS = UpdateStats({}, {}, 0, loss=0.0, grad_norm=0.0, lr=3e-4, skipped=True)
+NO_TOKENS = UpdateStats({}, {}, [], 0, loss=0.0, grad_norm=0.0, lr=3e-4, skipped=True)
 
 
 def read_tensorboard(run_dir: Path) -> EventAccumulator:
@@ -156,6 +157,33 @@ def test_first_update_deviation_is_that_of_the_first_update() -> None:
     assert "ratio/first_update_max_deviation" not in without_tokens
 
 
+def test_dynamics_are_shares_over_all_updates() -> None:
+    """One token at ratio 1 (log-prob -1) and one right of the clip range, with beta2 = 1: F = 1 and 1.2."""
+    scalars = update_scalars([make_stats(ratios=[1.0]), make_stats(ratios=[2.0])])
+    likelier = 2 * math.exp(-1)
+    assert (scalars["quadrant/pa_lp_tokens"], scalars["quadrant/pa_hp_tokens"]) == (0.5, 0.5)
+    assert scalars["quadrant/pa_hp_gradient"] == pytest.approx(1.2 / 2.2)
+    assert scalars["quadrant/na_hp_gradient"] == 0.0
+    assert scalars["ratio/right_of_clip_gradient"] == pytest.approx(1.2 / 2.2)
+    assert scalars["ratio/effective_sample_size"] == pytest.approx(9 / (2 * 5))
+    assert scalars["probability/clipped"] == pytest.approx(likelier)
+    assert scalars["probability/unclipped"] == pytest.approx(math.exp(-1))
+    without_clipped = update_scalars([make_stats(ratios=[1.0])])
+    assert "probability/clipped" not in without_clipped
+
+
+def test_histograms_reach_tensorboard(tmp_path: Path) -> None:
+    histograms = step_histograms([make_stats(ratios=[1.0, 1.01]), NO_TOKENS, make_stats(ratios=[0.5, 1.0])])
+    with make_logger(tmp_path) as logger:
+        logger.log_step(4, {}, histograms=histograms)
+    (event,) = read_tensorboard(tmp_path).Histograms("ratio/histogram")
+    value = event.histogram_value
+    assert (event.step, value.num, value.sum) == (4, 4, pytest.approx(3.51))
+    counts = {round(limit, 4): count for limit, count in zip(value.bucket_limit, value.bucket, strict=True) if count}
+    assert counts == {round(math.exp(-0.65), 4): 1, 1.0: 2, round(math.exp(0.05), 4): 1}
+    assert step_histograms([NO_TOKENS]) == {}
+
+
 def test_skipped_updates() -> None:
     updates = [
         make_stats(ratios=[1.0], grad_norm=2.0),
@@ -180,10 +208,13 @@ def test_what_is_logged_is_what_is_documented(tmp_path: Path) -> None:
         with phases(phase):
             pass
     rollout = make_rollout()
+    updates = [make_stats(ratios=[1.0, 1.5])]
+    trace = [EntropyPoint(0.1, 1.0), EntropyPoint(0.2, 0.9), EntropyPoint(0.3, 0.7), EntropyPoint(0.1, 0.6)]
+    scalars = step_scalars(rollout, updates, trace, phases.seconds)
     with make_logger(tmp_path) as logger:
-        logger.log_step(1, step_scalars(rollout, [make_stats(ratios=[1.0])], phases.seconds), sample_texts(rollout, 2))
+        logger.log_step(1, scalars, sample_texts(rollout, 2), step_histograms(updates))
     tags = read_tensorboard(tmp_path).Tags()
-    logged = {*tags["scalars"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
+    logged = {*tags["scalars"], *tags["histograms"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
     only_with_cuda = {"memory/gpu_peak_gib"}
     assert logged - only_with_cuda == set(TAGS) - only_with_cuda
     assert all(TAGS.values())
@@ -219,7 +250,7 @@ def test_heading_and_line_have_the_same_columns(tmp_path: Path) -> None:
     with make_logger(tmp_path, output) as logger:
         for step in range(1, 22):
             logger.log_step(
-                step, step_scalars(make_rollout(), [make_stats(ratios=[1.0, 2.0])], {"step": 10.0, "train": 7.5})
+                step, step_scalars(make_rollout(), [make_stats(ratios=[1.0, 2.0])], [], {"step": 10.0, "train": 7.5})
             )
     lines = output.getvalue().splitlines()
     assert [number for number, line in enumerate(lines) if line.lstrip().startswith("step")] == [0, 21]
