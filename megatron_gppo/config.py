@@ -6,18 +6,32 @@ raise ConfigError, which names the field, the value and the fix, before any GPU 
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, Tag, ValidationError, model_validator
+
+from megatron_gppo.schedules import NUMBER, NUMBER_OR_SCHEDULE, SCHEDULE, Schedule, value_at
 
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Numbers of these kinds, or schedules of them over steps.
+ScheduledPositive = Annotated[
+    Annotated[PositiveFloat, Tag(NUMBER)] | Annotated[Schedule[PositiveFloat], Tag(SCHEDULE)], NUMBER_OR_SCHEDULE
+]
+ScheduledNonNegative = Annotated[
+    Annotated[NonNegativeFloat, Tag(NUMBER)] | Annotated[Schedule[NonNegativeFloat], Tag(SCHEDULE)], NUMBER_OR_SCHEDULE
+]
+ScheduledBelow1 = Annotated[
+    Annotated[Below1, Tag(NUMBER)] | Annotated[Schedule[Below1], Tag(SCHEDULE)], NUMBER_OR_SCHEDULE
+]
 
 Objective = Literal["ce_gppo", "ppo_clip", "dapo", "cispo", "gspo"]
 Aggregation = Literal["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+Advantage = Literal["mean_std", "mean", "leave_one_out"]
 
 
 class ConfigError(ValueError):
@@ -200,37 +214,45 @@ class TrainConfig(Section):
     """Activation recompute: full keeps only each layer's input."""
 
 
-class LossConfig(Section):
-    """The objective (megatron_gppo.algorithm.policy_loss)."""
+# Types of the values that may change over a run: plain numbers in LossConfig, numbers or schedules in AlgorithmConfig.
+LowerClip = TypeVar("LowerClip")
+NonNegative = TypeVar("NonNegative")
 
+
+class _LossFields(Section, Generic[LowerClip, NonNegative]):
     objective: Objective = "ce_gppo"
     """ce_gppo: Eq. 8 of arXiv 2509.20712; ppo_clip, dapo, cispo, gspo: what it is compared with."""
-    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    """Lower bound of the ratio is 1 - clip_low."""
-    clip_high: NonNegativeFloat = 0.2
+    clip_low: LowerClip = 0.2  # type: ignore[assignment]  # a default of every form
+    """Lower bound of the ratio is 1 - clip_low; below 1."""
+    clip_high: NonNegative = 0.2  # type: ignore[assignment]  # a default of every form
     """Upper bound of the ratio is 1 + clip_high."""
-    beta1: NonNegativeFloat | None = None
+    beta1: NonNegative | None = None
     """ce_gppo, required: weight of tokens with A < 0 and ratio < 1 - clip_low. Larger: entropy falls faster. Paper: 0.5 (1.5B), 0.75 (7B)."""
-    beta2: NonNegativeFloat | None = None
+    beta2: NonNegative | None = None
     """ce_gppo, required: weight of tokens with A > 0 and ratio > 1 + clip_high. Larger: entropy falls slower. Paper: 1."""
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
     """Bound c on the ratio of tokens with A < 0. Off in the paper, 10 in its released code."""
-    entropy_coef: NonNegativeFloat = 0.0
+    entropy_coef: NonNegative = 0.0  # type: ignore[assignment]  # a default of every form
     """Weight of an entropy bonus."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight of the KL to a reference policy."""
+    """Weight of the KL to a reference policy: the weights that the run starts from. Above 0 it keeps a copy of them in host memory."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL."""
     nll_coef: NonNegativeFloat = 0.0
     """Weight of the NLL of correct samples. 0 in the paper, 0.1 in its released code."""
     aggregation: Aggregation = "token_mean"
     """token_mean: one global token count an update; group_token_mean: Eq. 8 to the letter; seq_*: sequence means."""
+    importance_correction: Literal["truncated", "masked"] | None = None
+    """Weigh each token's objective with w = old policy's probability / engine's probability. truncated: at most importance_cap;
+    masked: 0 where w is above importance_cap or below its inverse."""
+    importance_cap: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 2.0
+    """Of importance_correction."""
 
     high_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """A token is of high probability from here on, for the metrics by quadrant (Figure 1 of the paper)."""
 
     @model_validator(mode="after")
-    def _betas(self) -> "LossConfig":
+    def _betas(self) -> Self:
         if self.objective == "ce_gppo":
             for name in ("beta1", "beta2"):
                 if getattr(self, name) is None:
@@ -244,8 +266,20 @@ class LossConfig(Section):
         return self
 
 
+class LossConfig(_LossFields[Below1, NonNegativeFloat]):
+    """The objective with the values in force in an update (megatron_gppo.algorithm.policy_loss)."""
+
+
+# Where algorithm.preset starts from. The paper compares the last four with CE-GPPO; its baselines have no KL.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"objective": "ce_gppo", "clip_low": 0.2, "clip_high": 0.2, "beta1": 0.5, "beta2": 1.0},
+    "paper": {
+        "objective": "ce_gppo",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "beta1": 0.5,
+        "beta2": 1.0,
+        "aggregation": "token_mean",
+    },
     "released-code": {
         "objective": "ce_gppo",
         "clip_low": 0.2,
@@ -254,15 +288,74 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beta2": 1.0,
         "dual_clip": 10.0,
         "nll_coef": 0.1,
+        "aggregation": "token_mean",
+    },
+    "grpo": {
+        "objective": "ppo_clip",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregation": "seq_mean_token_mean",
+    },
+    "dapo": {
+        "objective": "dapo",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "aggregation": "token_mean",
+    },
+    "cispo": {
+        "objective": "cispo",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregation": "token_mean",
+    },
+    "gspo": {
+        "objective": "gspo",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "aggregation": "seq_mean_token_mean",
     },
 }
 
 
-class AlgorithmConfig(LossConfig):
-    """The loss, by preset and overrides."""
+class EntropyTargetConfig(Section):
+    """A controller that moves beta1 and beta2, once a step, so that the policy's entropy comes near a target."""
 
-    preset: Literal["paper", "released-code"] | None = None
-    """Values that the fields below start from; each can still be set."""
+    target: ScheduledPositive
+    """Entropy in nats a token, or a schedule of it: a curve to follow."""
+    beta1: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 1.0)
+    """Least and most beta1; twice the same number keeps it there. The default is the range that the paper tried."""
+    beta2: tuple[NonNegativeFloat, NonNegativeFloat] = (0.5, 1.0)
+    """Least and most beta2; likewise."""
+    gain: PositiveFloat = 1.0
+    """Share of both ranges that a relative error of 1 moves them by: 10% above the target moves them by 0.1 of their range."""
+    integral_steps: PositiveFloat = 50.0
+    """Steps in which an error that stays moves them by as much again."""
+    max_change: Probability = 0.05
+    """Most that one step moves them by, as a share of their ranges."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "EntropyTargetConfig":
+        for name in ("beta1", "beta2"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise ValueError(
+                    f"{name} = [{least}, {most}] is not [least, most]. Fix: swap algorithm.entropy_target.{name}"
+                )
+        return self
+
+
+class AlgorithmConfig(_LossFields[ScheduledBelow1, ScheduledNonNegative]):
+    """The loss and the advantages, by preset and overrides.
+
+    clip_low, clip_high, beta1, beta2 and entropy_coef are numbers, or schedules over steps in the form of schedules.py.
+    """
+
+    preset: Literal["paper", "released-code", "grpo", "dapo", "cispo", "gspo"] | None = None
+    """Values that the fields here start from (PRESETS); each can still be set."""
+    advantage: Advantage = "mean_std"
+    """Of a response, within its group. mean_std: (reward - mean) / std, Eq. 2; mean: reward - mean; leave_one_out: reward - mean of the others."""
+    entropy_target: EntropyTargetConfig | None = None
+    """ce_gppo: hold the entropy near a target by moving beta1 and beta2, which start where they are set. None: they stay there."""
 
     @model_validator(mode="before")
     @classmethod
@@ -271,18 +364,45 @@ class AlgorithmConfig(LossConfig):
             return {**PRESETS.get(values["preset"], {}), **values}
         return values
 
+    @model_validator(mode="after")
+    def _start_of_the_controller(self) -> Self:
+        if self.entropy_target is None:
+            return self
+        if self.objective != "ce_gppo":
+            raise ValueError(
+                f"entropy_target moves beta1 and beta2, which objective = {self.objective} does not have. Fix: remove algorithm.entropy_target"
+            )
+        for name in ("beta1", "beta2"):
+            start, (least, most) = getattr(self, name), getattr(self.entropy_target, name)
+            if isinstance(start, Schedule):
+                raise ValueError(
+                    f"{name} is a schedule, and entropy_target moves it, too. Fix: give algorithm.{name} the number to start from"
+                )
+            if not least <= start <= most:
+                raise ValueError(
+                    f"{name} = {start} is not in entropy_target.{name} = [{least}, {most}]. Fix: start inside, or widen the range"
+                )
+        return self
+
+    def at(self, step: int) -> LossConfig:
+        """The values in force in a step, counted from 1."""
+        fields = {name: getattr(self, name) for name in LossConfig.model_fields}
+        return LossConfig.model_validate(
+            {name: value.at(step) if isinstance(value, Schedule) else value for name, value in fields.items()}
+        )
+
 
 class OptimizerConfig(Section):
-    """Megatron's Adam and its learning-rate schedule, which counts updates."""
+    """Megatron's Adam and its learning rate."""
 
-    lr: PositiveFloat = 1e-6
-    """Peak learning rate."""
+    lr: ScheduledNonNegative = 1e-6
+    """Peak learning rate, or a schedule of it over steps, which the warm-up scales."""
     min_lr: NonNegativeFloat = 0.0
     """Where cosine and linear decay end."""
     warmup_updates: Annotated[int, Field(ge=0)] = 10
     """Updates of linear warm-up from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After warm-up, to the last update of the run."""
+    """Of a peak that is a number: after warm-up, to the last update of the run."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled; never applied to norms and biases."""
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
@@ -296,9 +416,23 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _lrs(self) -> "OptimizerConfig":
-        if self.min_lr > self.lr:
+        if isinstance(self.lr, Schedule):
+            if self.schedule != "constant" or self.min_lr > 0:
+                raise ValueError(
+                    f"schedule = {self.schedule}, min_lr = {self.min_lr} decay a learning rate that is a number, and lr is a schedule. "
+                    "Fix: put the decay into optimizer.lr, or give it a number"
+                )
+            if max(self.lr.values) == 0:
+                raise ValueError("lr is 0 in every step. Fix: raise optimizer.lr")
+        elif self.lr == 0:
+            raise ValueError("lr = 0.0 moves nothing. Fix: raise optimizer.lr")
+        elif self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr} is above lr = {self.lr}. Fix: lower optimizer.min_lr")
         return self
+
+    def peak_lr(self, step: int) -> float:
+        """What warm-up leads to and decay starts from, in a step counted from 1."""
+        return value_at(self.lr, step)
 
 
 class SyncConfig(Section):
@@ -380,14 +514,6 @@ class Config(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _reference_policy(self) -> "Config":
-        if self.algorithm.kl_coef > 0:
-            raise ValueError(
-                f"algorithm.kl_coef = {self.algorithm.kl_coef} needs a reference policy, which a run does not hold yet. Fix: set it to 0"
-            )
-        return self
-
     @property
     def updates_per_step(self) -> int:
         return self.rollout.prompts_per_step // self.train.prompts_per_update
@@ -462,7 +588,8 @@ def _describe(item: Any) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{'.'.join(names)} = {item['input']!r}: unknown key; {hint}"
     # For a field of several types pydantic appends the one it tried, which is no part of the field's name.
-    field = ".".join(name for name in names if name not in ("str", "int", "float", "bool") and "[" not in name)
+    types = ("str", "int", "float", "bool", NUMBER, SCHEDULE)
+    field = ".".join(name for name in names if name not in types and "[" not in name)
     if item["type"] == "missing":
         return f"{field}: missing. Fix: set it in the YAML file or as an override {field}=..."
     if item["type"] == "value_error":
@@ -474,7 +601,6 @@ def _fields_beside(location: tuple[Any, ...]) -> list[str]:
     section: type[BaseModel] = Config
     for part in location[:-1]:
         annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
+        choices = (annotation, *get_args(annotation))  # a section, or one that may be None
+        section = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
     return list(section.model_fields)

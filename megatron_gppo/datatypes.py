@@ -123,10 +123,11 @@ class UpdateBatch:
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """An update batch with the log-probs of the policy before the step's first update."""
+    """An update batch with the log-probs of the policy before the step's first update, and of the reference policy."""
 
     update: UpdateBatch
     old_logprobs: list[torch.Tensor]  # one [T] float32 a micro-batch, 0 where loss_mask is false
+    ref_logprobs: list[torch.Tensor] | None = None  # likewise; None in a run without a reference policy
 
 
 @dataclass(frozen=True, slots=True)

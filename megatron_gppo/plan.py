@@ -18,6 +18,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
+    reference: int = 0  # in host memory, so not part of the total
 
     @property
     def total(self) -> int:
@@ -132,6 +133,14 @@ def render(plan: Plan) -> str:
         ),
         ("", "not counted: activations, communication buffers, the allocator's waste, and an engine on the same GPU"),
     ]
+    if memory.reference:
+        rows.append(
+            (
+                "reference",
+                f"{memory.reference / GIB:.2f} GiB more on that rank, in host memory: the initial weights ({config.model.dtype}), "
+                "for algorithm.kl_coef > 0",
+            )
+        )
     return "\n".join(f"{name:<13}{text}" for name, text in rows)
 
 
@@ -156,8 +165,10 @@ def _memory(num_parameters: int, dp: int, config: Config) -> Memory:
     """Gradients are reduced in fp32. The optimizer holds Adam's two moments in fp32 and, for bf16 weights, fp32 masters."""
     bf16 = config.model.dtype == "bf16"
     replicas = dp if config.optimizer.distributed else 1
+    weights = num_parameters * (2 if bf16 else 4)
     return Memory(
-        weights=num_parameters * (2 if bf16 else 4),
+        weights=weights,
         gradients=num_parameters * 4,
         optimizer=-(-num_parameters // replicas) * (12 if bf16 else 8),
+        reference=weights if config.algorithm.kl_coef > 0 else 0,
     )

@@ -70,23 +70,29 @@ def prepare_run_folder(config: Config, architecture: Architecture) -> None:
         (folder / "config.yaml").write_text(dump_config(config))
     except OSError as error:
         raise ConfigError(f"run.dir = {folder}: {error.strerror}. Fix: give a folder that can be written") from error
-    start = found or config.model.checkpoint
-    if start is not None:
-        checkpoint.check_model(start, architecture)
-    elif not (folder / CONVERTED).exists():
-        convert_hf_to_megatron(config.model.hf_path, folder / CONVERTED)
+    if found is not None:
+        checkpoint.check_model(found, architecture)
+    if found is None or config.algorithm.kl_coef > 0:
+        if config.model.checkpoint is not None:
+            checkpoint.check_model(config.model.checkpoint, architecture)
+        elif not (folder / CONVERTED).exists():
+            convert_hf_to_megatron(config.model.hf_path, folder / CONVERTED)
 
 
 def restore(config: Config, parallel: ParallelState, policy: Policy) -> Progress:
-    """Fills the policy from the run's newest checkpoint, or from where it starts."""
+    """Fills the policy from the run's newest checkpoint, or from where it starts; the reference policy always from there."""
     found = parallel.from_rank_0(lambda: checkpoint.newest(config.run.dir / CHECKPOINTS))
-    if found is not None:
-        progress = checkpoint.load(found, policy)
-        if parallel.rank == 0:
-            print(f"resumed from {found}: {progress.step} of {config.train.steps} steps are done")
-        return progress
-    checkpoint.load_weights(config.model.checkpoint or config.run.dir / CONVERTED, policy)
-    return Progress(step=0, updates=0, data_position=0)
+    has_reference = config.algorithm.kl_coef > 0
+    if found is None or has_reference:
+        checkpoint.load_weights(config.model.checkpoint or config.run.dir / CONVERTED, policy)
+    if has_reference:
+        policy.keep_reference()
+    if found is None:
+        return Progress(step=0, updates=0, data_position=0)
+    progress = checkpoint.load(found, policy)
+    if parallel.rank == 0:
+        print(f"resumed from {found}: {progress.step} of {config.train.steps} steps are done")
+    return progress
 
 
 def connect(

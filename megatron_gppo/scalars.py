@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_gppo.algorithm import LOG_RATIO_BOUNDS, QUADRANTS, is_degenerate
+from megatron_gppo.algorithm import LOG_RATIO_BOUNDS, QUADRANTS, InForce, is_degenerate
 from megatron_gppo.datatypes import EntropyPoint, Group, Response, Rollout, UpdateStats, Verdict
 from megatron_gppo.entropy_trace import covariance, trace_scalars
 from megatron_gppo.metrics import Histogram
@@ -99,6 +99,8 @@ def update_scalars(updates: Sequence[UpdateStats]) -> dict[str, float]:
             "ratio/right_of_clip_acting": "tokens_right",
             "engine/logprob_difference_mean": "abs_rollout_logprob_diff",
             "engine/logprob_difference_bias": "rollout_logprob_diff",
+            "engine/importance_weight": "importance_weight",
+            "engine/importance_corrected": "importance_corrected",
         }.items()
         if key in sums
     }
@@ -152,6 +154,22 @@ def step_histograms(updates: Sequence[UpdateStats]) -> dict[str, Histogram]:
             sum_squares=sum(update.sums["squared_ratio"] for update in measured),
         )
     }
+
+
+def in_force_scalars(updates: Sequence[InForce]) -> dict[str, float]:
+    """The values that a step's updates were made with, which do not change within it. None for a step without updates."""
+    if not updates:
+        return {}
+    loss = updates[-1].loss
+    values = {
+        "algorithm/beta1": loss.beta1,
+        "algorithm/beta2": loss.beta2,
+        "algorithm/clip_low": loss.clip_low,
+        "algorithm/clip_high": loss.clip_high,
+        "algorithm/entropy_coef": loss.entropy_coef,
+        "algorithm/entropy_target": updates[-1].entropy_target,
+    }
+    return {tag: value for tag, value in values.items() if value is not None}
 
 
 def sample_texts(rollout: Rollout, count: int) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from megatron_gppo import entropy_trace
-from megatron_gppo.algorithm import samples_from_groups
+from megatron_gppo.algorithm import after_step, samples_from_groups, values_in_force
 from megatron_gppo.config import Config, ConfigError, load_config
 from megatron_gppo.convert import Architecture
 from megatron_gppo.datatypes import Rollout, Sample
@@ -36,7 +36,7 @@ from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import RolloutCancelled, RolloutError
 from megatron_gppo.rollout.rewards import RewardError
 from megatron_gppo.run import CHECKPOINTS, Run, connect, restore, start_services
-from megatron_gppo.scalars import sample_texts, step_histograms, step_scalars
+from megatron_gppo.scalars import in_force_scalars, sample_texts, step_histograms, step_scalars
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
 
 
@@ -64,12 +64,14 @@ def train_step(run: Run, done: Progress) -> Progress | None:
         worst = worst_sample(batches, samples, parallel)
 
     with phases("train"):  # several optimizer steps against the same old log-probs
-        stats = [policy.update(batch) for batch in batches]
+        in_force = values_in_force(config, step, range(done.updates, done.updates + len(batches)), done.entropy_control)
+        stats = [policy.update(batch, values) for batch, values in zip(batches, in_force, strict=True)]
     progress = Progress(
         step=step,
         updates=done.updates + len(stats),
         data_position=run.prompts.position if run.prompts is not None else 0,
         entropy_trace=entropy_trace.extended(done.entropy_trace, stats),
+        entropy_control=after_step(config.algorithm, done.entropy_control, step, stats),
     )
 
     with phases("sync"), saved_if_engines_fail(run, progress):
@@ -83,7 +85,7 @@ def train_step(run: Run, done: Progress) -> Progress | None:
             save(run, progress)
 
     if run.logger is not None and rollout is not None:
-        scalars = step_scalars(rollout, stats, progress.entropy_trace, phases.seconds)
+        scalars = step_scalars(rollout, stats, progress.entropy_trace, phases.seconds) | in_force_scalars(in_force)
         texts = sample_texts(rollout, config.run.log_samples)
         run.logger.log_step(step, scalars, texts, step_histograms(stats))
         warn_of_drift(config, step, worst, rollout)
@@ -101,7 +103,10 @@ def generate(run: Run, step: int) -> tuple[Rollout | None, list[Sample] | None]:
             rollout = run.rollouts.next(step, policy_version=step - 1)
         except RolloutCancelled:
             return None
-        return samples_from_groups(rollout.groups, mask_truncated=run.config.train.mask_truncated)
+        config = run.config
+        return samples_from_groups(
+            rollout.groups, advantage=config.algorithm.advantage, mask_truncated=config.train.mask_truncated
+        )
 
     samples = run.parallel.from_rank_0(samples_of_rollout)
     return rollout, samples

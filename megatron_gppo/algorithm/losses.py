@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_gppo.algorithm.aggregation import sequence_of_token, token_weights
 from megatron_gppo.algorithm.dynamics import entropy_dynamics, ratio_histogram
+from megatron_gppo.algorithm.importance import EngineCorrection, engine_correction
 from megatron_gppo.algorithm.inputs import check_lengths, needed
 from megatron_gppo.algorithm.objectives import (
     MAX_LOG_RATIO,
@@ -54,12 +55,12 @@ def policy_loss(
 ) -> LossOutput:
     """The loss of one micro-batch, of T packed tokens in S sequences:
 
-        sum_t weight_t * (-surrogate_t + kl_coef * kl_t - entropy_coef * entropy_t) / denominator
+        sum_t weight_t * (-w_t * surrogate_t + kl_coef * kl_t - entropy_coef * entropy_t) / denominator
         + nll_coef / num_correct_tokens * sum over tokens of correct samples of -logprob_t
 
-    surrogate is the objective's (objectives.py, with the equations); weight_t and denominator are the aggregation's
-    (aggregation.py; loss_denominator gives the count). For ce_gppo, d loss / d logprob_t is -F_t * A_t * weight_t /
-    denominator with F of Eq. 10 (arXiv 2509.20712).
+    surrogate is the objective's (objectives.py, with the equations); w_t is 1 unless importance_correction is set
+    (importance.py); weight_t and denominator are the aggregation's (aggregation.py; loss_denominator gives the count). For
+    ce_gppo, d loss / d logprob_t is -F_t * A_t * w_t * weight_t / denominator with F of Eq. 10 (arXiv 2509.20712).
 
     Entries where loss_mask is false may hold anything, NaN included: they reach neither the loss nor a gradient. Without
     any loss token the loss is 0 and still has a gradient, of zeros.
@@ -77,7 +78,7 @@ def policy_loss(
         group_lengths: [S] int64, loss tokens of the sequence's group in the update. Needed by group_token_mean.
         entropy: [T] fp32, in nats. Needed, and differentiable, for entropy_coef > 0; otherwise a metric.
         ref_logprobs: [T] fp32, of the reference policy. Needed for kl_coef > 0; otherwise a metric.
-        rollout_logprobs: [T] fp32, as the engine reported them; a metric.
+        rollout_logprobs: [T] fp32, as the engine reported them. Needed for importance_correction; otherwise a metric.
         correct: [S] bool, whether the response is correct. Needed for nll_coef > 0.
         num_correct_tokens: the update's global count of loss tokens of correct samples. Needed for nll_coef > 0.
         cp_group: the ranks that hold parts of the same sequences; None when sequences are whole. gspo communicates over
@@ -115,17 +116,26 @@ def policy_loss(
     old_logprobs = _unmasked(old_logprobs.detach(), loss_mask)
     advantages = _unmasked(advantages.detach(), loss_mask)
     log_ratio = logprobs.detach() - old_logprobs
-    branch_log_ratio = log_ratio
-    if config.objective == "gspo":
-        branch_log_ratio = sequence_mean(
-            log_ratio,
-            needed(sequence, "cu_seqlens", "objective = gspo"),
-            needed(sequence_lengths, "sequence_lengths", "objective = gspo"),
-            cp_group,
-        )
-    importance = importance_ratio(config, branch_log_ratio)
+
+    def of_branches(values: Tensor) -> Tensor:
+        """Log-ratios of what the objective's ratio is of: the token, or for gspo its sequence."""
+        if config.objective != "gspo":
+            return values
+        setting = "objective = gspo"
+        lengths = needed(sequence_lengths, "sequence_lengths", setting)
+        return sequence_mean(values, needed(sequence, "cu_seqlens", setting), lengths, cp_group)
+
+    importance = importance_ratio(config, of_branches(log_ratio))
 
     token_loss = -surrogate(config, logprobs, advantages, importance)
+    gradient_weights = (gradient_factor(config, advantages, importance) * advantages).abs()
+    rollout_diff = None if rollout_logprobs is None else old_logprobs - _unmasked(rollout_logprobs.detach(), loss_mask)
+    correction = None
+    if config.importance_correction is not None:
+        setting = f"importance_correction = {config.importance_correction}"
+        correction = engine_correction(config, of_branches(needed(rollout_diff, "rollout_logprobs", setting)))
+        token_loss = token_loss * correction.weight
+        gradient_weights = gradient_weights * correction.weight
     reference_kl = None
     if ref_logprobs is not None:
         reference_kl = _reference_kl(config, logprobs, _unmasked(ref_logprobs.detach(), loss_mask))
@@ -141,6 +151,7 @@ def policy_loss(
     weights = token_weights(config, sequence, sequence_lengths, group_lengths)
     if weights is not None:
         token_loss = token_loss * weights
+        gradient_weights = gradient_weights * weights
     loss = _unmasked(token_loss, loss_mask).sum() / denominator
     if config.nll_coef > 0:
         setting = f"nll_coef = {config.nll_coef}"
@@ -149,16 +160,14 @@ def policy_loss(
         count = max(needed(num_correct_tokens, "num_correct_tokens", setting), 1)
         loss = loss - config.nll_coef / count * _unmasked(logprobs, is_correct).sum()
 
-    rollout_diff = None if rollout_logprobs is None else old_logprobs - _unmasked(rollout_logprobs, loss_mask)
-    metrics, maxima = _metrics(loss_mask, log_ratio, importance, entropy, reference_kl, rollout_diff)
-    gradient_weights = (gradient_factor(config, advantages, importance) * advantages).abs()
+    metrics, maxima = _metrics(loss_mask, log_ratio, importance, entropy, reference_kl, rollout_diff, correction)
     metrics |= entropy_dynamics(
         config,
         logprobs=logprobs,
         advantages=advantages,
         loss_mask=loss_mask,
         importance=importance,
-        gradient_weights=gradient_weights if weights is None else gradient_weights * weights,
+        gradient_weights=gradient_weights,
     )
     return LossOutput(loss, metrics, maxima, ratio_histogram(importance, loss_mask))
 
@@ -195,6 +204,7 @@ def _metrics(
     entropy: Tensor | None,
     reference_kl: Tensor | None,
     rollout_diff: Tensor | None,
+    correction: EngineCorrection | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(sums, maxima) over loss tokens. With gspo the ratio, and all that is said of it, is the sequence's."""
 
@@ -224,4 +234,7 @@ def _metrics(
         metrics["rollout_logprob_diff"] = total(rollout_diff)  # the old policy's minus the engine's
         metrics["abs_rollout_logprob_diff"] = total(rollout_diff.abs())
         maxima["abs_rollout_logprob_diff"] = largest(rollout_diff.abs())
+    if correction is not None:
+        metrics["importance_weight"] = total(correction.weight)
+        metrics["importance_corrected"] = total(correction.acted)
     return metrics, maxima

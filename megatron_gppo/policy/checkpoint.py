@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from megatron_gppo.algorithm import EntropyControl
 from megatron_gppo.convert import Architecture, copy_hf_assets
 from megatron_gppo.datatypes import EntropyPoint
 from megatron_gppo.parallel import ParallelState, PeerFailed
@@ -52,6 +53,7 @@ class Progress:
     updates: int  # optimizer steps done
     data_position: int  # prompts taken
     entropy_trace: tuple[EntropyPoint, ...] = ()  # of the last steps
+    entropy_control: EntropyControl | None = None  # for the next step; none before the first one, and where it is off
 
 
 def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> None:
@@ -116,16 +118,21 @@ def load(folder: Path, policy: Policy) -> Progress:
         policy.optimizer.load_state_dict(loaded["optimizer"])
         if "rng" in loaded:
             _set_rng_state(loaded["rng"])
-    progress = read_progress(folder)
-    policy.scheduler.step(increment=progress.updates)
-    return progress
+    return read_progress(folder)
 
 
 def read_progress(folder: Path) -> Progress:
     """How far the run was that saved this checkpoint."""
     manifest = json.loads((folder / MANIFEST).read_text())
     values = {field.name: manifest[field.name] for field in fields(Progress)}
-    return Progress(**values | {"entropy_trace": tuple(EntropyPoint(*point) for point in values["entropy_trace"])})
+    control = values["entropy_control"]
+    return Progress(
+        **values
+        | {
+            "entropy_trace": tuple(EntropyPoint(*point) for point in values["entropy_trace"]),
+            "entropy_control": None if control is None else EntropyControl(**control),
+        }
+    )
 
 
 def newest(checkpoints: Path) -> Path | None:

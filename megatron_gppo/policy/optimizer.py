@@ -1,4 +1,4 @@
-"""Megatron's Adam over data-parallel chunks, and its schedule."""
+"""Megatron's Adam over data-parallel chunks."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_gppo.config import Config
 from megatron_gppo.policy.model import DTYPES, PolicyModel
@@ -34,18 +33,13 @@ def wrap_data_parallel(chunks: Sequence[PolicyModel], config: Config) -> list[Di
     ]
 
 
-def build_optimizer(
-    chunks: list[DistributedDataParallel], config: Config
-) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """Adam, without weight decay on norms and biases, and the learning-rate schedule over the run's updates.
-
-    The learning rate of update k (from 0) in a warm-up of W is lr * (k + 1) / (W + 1): the first update already moves.
-    """
+def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> ChainedOptimizer:
+    """Adam, without weight decay on norms and biases. Its learning rate is set before each step: set_learning_rate()."""
     settings = config.optimizer
     megatron_config = OptimizerConfig(
         optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
+        lr=settings.peak_lr(step=1),
+        min_lr=0.0,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
@@ -58,23 +52,14 @@ def build_optimizer(
     overrides = get_standard_config_overrides(megatron_config)
     optimizer = get_megatron_optimizer(megatron_config, chunks, config_overrides=overrides)
     mend(optimizer)
-    updates = config.train.steps * config.updates_per_step
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=settings.lr / (settings.warmup_updates + 1),
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_updates,
-        lr_decay_steps=max(updates, settings.warmup_updates + 1),
-        lr_decay_style=settings.schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=updates,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return optimizer, scheduler
+    return optimizer
+
+
+def set_learning_rate(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
+    """For the next step, and weight decay with it: Megatron applies wd_mult, 0 for norms and biases, in a scheduler only."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
 @torch.no_grad()
@@ -91,8 +76,3 @@ def step(optimizer: ChainedOptimizer) -> tuple[float, bool]:
         clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, grad_norm)
     optimizer.step_with_ready_grads()
     return grad_norm, True
-
-
-def learning_rate(optimizer: ChainedOptimizer) -> float:
-    """The rate of the next update."""
-    return float(optimizer.param_groups[0]["lr"])

@@ -6,14 +6,16 @@ from dataclasses import replace
 import torch
 from megatron.core.utils import get_model_config
 
+from megatron_gppo.algorithm import InForce
 from megatron_gppo.config import Config
 from megatron_gppo.convert import Architecture, canonical_name
 from megatron_gppo.datatypes import MicroBatch, ScoredBatch, UpdateBatch, UpdateStats
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.policy import step
 from megatron_gppo.policy.model import build_chunks
-from megatron_gppo.policy.optimizer import build_optimizer, learning_rate, wrap_data_parallel
+from megatron_gppo.policy.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_gppo.policy.optimizer import step as optimizer_step
+from megatron_gppo.policy.reference import ReferenceWeights
 
 
 class Policy:
@@ -28,7 +30,8 @@ class Policy:
         self.parallel = parallel
         self.models = build_chunks(architecture, config, parallel)
         self.chunks = wrap_data_parallel(self.models, config)
-        self.optimizer, self.scheduler = build_optimizer(self.chunks, config)
+        self.optimizer = build_optimizer(self.chunks, config)
+        self._reference: ReferenceWeights | None = None
         megatron_config = get_model_config(self.chunks[0])
         megatron_config.finalize_model_grads_func = step.finalize_gradients
         self.network = step.Network(
@@ -39,25 +42,41 @@ class Policy:
             sequence_parallel=config.parallel.sequence_parallel,
         )
 
-    def add_old_logprobs(self, updates: list[UpdateBatch]) -> list[ScoredBatch]:
-        """Scores every micro-batch of the step under the current weights, before its first update."""
-        logprobs = iter(step.score(self.network, [batch for update in updates for batch in update.microbatches]))
-        return [ScoredBatch(update, [next(logprobs) for _ in update.microbatches]) for update in updates]
+    def keep_reference(self) -> None:
+        """Makes the current weights the reference policy of the KL term. Later changes of the policy leave it alone."""
+        self._reference = ReferenceWeights(parameter for _, parameter in self.named_parameters())
 
-    def update(self, batch: ScoredBatch) -> UpdateStats:
+    def add_old_logprobs(self, updates: list[UpdateBatch]) -> list[ScoredBatch]:
+        """Scores every micro-batch of the step under the current weights, before its first update.
+
+        Under the reference policy, too, if there is one (keep_reference).
+        """
+        microbatches = [batch for update in updates for batch in update.microbatches]
+        old = iter(step.score(self.network, microbatches))
+        reference = None
+        if self._reference is not None:
+            with self._reference.in_place_of_policy():
+                reference = iter(step.score(self.network, microbatches))
+        return [
+            ScoredBatch(
+                update,
+                old_logprobs=[next(old) for _ in update.microbatches],
+                ref_logprobs=None if reference is None else [next(reference) for _ in update.microbatches],
+            )
+            for update in updates
+        ]
+
+    def update(self, batch: ScoredBatch, in_force: InForce) -> UpdateStats:
         """One optimizer step. A gradient that is not finite, or an update without a loss token, moves nothing."""
-        lr = learning_rate(self.optimizer)
+        lr = in_force.lr
         if batch.update.num_loss_tokens == 0:
             return UpdateStats({}, {}, [], 0, loss=0.0, grad_norm=0.0, lr=lr, skipped=True)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        seen = step.accumulate_gradients(
-            self.network, batch, self.config.algorithm, self.config.rollout.max_response_tokens
-        )
+        seen = step.accumulate_gradients(self.network, batch, in_force.loss, self.config.rollout.max_response_tokens)
+        set_learning_rate(self.optimizer, lr, self.config.optimizer.weight_decay)
         grad_norm, applied = optimizer_step(self.optimizer)
-        # A skipped update still counts: the schedule stays a function of the number of updates.
-        self.scheduler.step(increment=1)
         return UpdateStats(
             seen.sums,
             seen.maxima,

@@ -111,6 +111,7 @@ def accumulate_gradients(
             sequence_lengths=packed.sequence_lengths,
             group_lengths=packed.group_lengths,
             entropy=entropy,
+            ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[index].to(logprobs.device),
             rollout_logprobs=packed.rollout_logprobs,
             correct=packed.correct,
             num_correct_tokens=update.num_correct_tokens,

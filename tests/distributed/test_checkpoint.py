@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_gppo.algorithm import EntropyControl, values_in_force
 from megatron_gppo.convert import convert_hf_to_megatron
 from megatron_gppo.parallel import PeerFailed
 from megatron_gppo.policy import CheckpointError, Policy, Progress, checkpoint
@@ -16,7 +17,7 @@ from tests.support.distributed import run_ranks
 from tests.support.policy import LAYOUTS, build_policy, leave_model_parallel, make_config, make_samples, pack
 from tests.support.tiny import make_tiny_model
 
-PROGRESS = Progress(step=1, updates=2, data_position=8)
+PROGRESS = Progress(step=1, updates=2, data_position=8, entropy_control=EntropyControl(0.1 + 0.2, 1.0, -1 / 3))
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +25,12 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=True)
 
 
-def train_one_step(policy: Policy, seed: int) -> None:
-    samples = make_samples(8, 4, policy.architecture.vocab_size, seed)
-    for batch in policy.add_old_logprobs(pack(policy, samples)):
-        stats = policy.update(batch)
+def train_step(policy: Policy, step: int) -> None:
+    """One step of two updates, the steps before it having had as many."""
+    samples = make_samples(8, 4, policy.architecture.vocab_size, seed=step)
+    in_force = values_in_force(policy.config, step, range(2 * step - 2, 2 * step), control=None)
+    for batch, values in zip(policy.add_old_logprobs(pack(policy, samples)), in_force, strict=True):
+        stats = policy.update(batch, values)
         assert not stats.skipped
 
 
@@ -49,10 +52,10 @@ def two_steps(rank: int, hf_folder: Path, folder: Path, layout: str, distributed
         hf_folder, LAYOUTS[layout], optimizer={"lr": 1e-3, "warmup_updates": 1, "distributed": distributed}
     )
     policy = build_policy(config)
-    train_one_step(policy, seed=1)
+    train_step(policy, step=1)
     checkpoint.save(folder / checkpoint.folder_name(1), policy, PROGRESS, hf_folder)
     saved = weights(policy)
-    train_one_step(policy, seed=2)
+    train_step(policy, step=2)
     return saved, weights(policy)
 
 
@@ -62,7 +65,7 @@ def load_and_step(rank: int, hf_folder: Path, folder: Path, layouts: list[str], 
         policy = empty_policy(hf_folder, layout, distributed=distributed)
         assert checkpoint.load(folder / checkpoint.folder_name(1), policy) == PROGRESS
         loaded = weights(policy)
-        train_one_step(policy, seed=2)
+        train_step(policy, step=2)
         results[layout] = loaded, weights(policy), policy.parallel.tp_rank
         leave_model_parallel()
     return results

@@ -18,6 +18,7 @@ from tests.support.distributed import run_ranks
 from tests.support.policy import (
     LAYOUTS,
     Reference,
+    assert_same_gradient,
     build_policy,
     hf_gradients,
     leave_model_parallel,
@@ -51,7 +52,7 @@ def differentiate(rank: int, hf_folders: list[Path], layouts: list[str], budgets
                 (batch,) = perturbed_old_logprobs(policy, updates, samples)
                 for chunk in policy.chunks:
                     chunk.zero_grad_buffer()
-                statistics = step.accumulate_gradients(policy.network, batch, config.algorithm, 48)
+                statistics = step.accumulate_gradients(policy.network, batch, config.algorithm.at(1), 48)
                 logprobs = unpack(scored.old_logprobs, scored.update.microbatches)
                 gradients = main_gradients(policy)
                 grad_norm, _ = optimizer_step(policy.optimizer)
@@ -97,14 +98,3 @@ def test_every_layout_equals_hf(hf_folders: list[Path], world_size: int, layouts
             assert [rank[case][3] for rank in ranks] == pytest.approx([norm] * world_size, rel=1e-5), case
             assert all(rank[case][2] == ranks[0][case][2] for rank in ranks), "the statistics differ between ranks"
             assert ranks[0][case][2][1]["num_tokens"] == sum(len(sample.response_ids) for sample in samples)
-
-
-def assert_same_gradient(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: Any) -> None:
-    """At most 5e-6 over all parameters and 2e-5 for any one tensor, relative in norm."""
-    assert actual.keys() == expected.keys()
-    difference = {name: (actual[name] - expected[name]).double().norm() for name in expected}
-    size = {name: expected[name].double().norm() for name in expected}
-    total = torch.stack(list(difference.values())).norm() / torch.stack(list(size.values())).norm()
-    assert total < 5e-6, f"{case}: relative difference {total:.2e} over all parameters"
-    for name in expected:
-        assert difference[name] < 2e-5 * size[name], f"{case}, {name}: {difference[name] / size[name]:.2e}"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_gppo.algorithm import values_in_force
 from megatron_gppo.datatypes import ScoredBatch
 from megatron_gppo.policy import Policy
 from tests.support.distributed import run_ranks
@@ -39,15 +40,16 @@ def update(rank: int, hf_folder: Path, layouts: list[str]) -> dict[str, Any]:
         batches = policy.add_old_logprobs(pack(policy, samples))
 
         before = weights(policy)
+        in_force = values_in_force(config, step=1, updates=range(6), control=None)
         # One rank's bad token must stop all of them.
         poisoned = with_advantages(batches[0], float("nan")) if policy.parallel.dp_rank == 0 else batches[0]
-        skipped = policy.update(poisoned)
+        skipped = policy.update(poisoned, in_force[0])
         assert unchanged(policy, before)
         masked = policy.add_old_logprobs(pack(policy, [replace(sample, masked=True) for sample in samples]))
-        empty = policy.update(masked[0])
+        empty = policy.update(masked[0], in_force[1])
         assert unchanged(policy, before)
 
-        moving = [policy.update(batch) for batch in [*batches, *batches]]
+        moving = [policy.update(*each) for each in zip([*batches, *batches], in_force[2:], strict=True)]
         assert not unchanged(policy, before)
         results[layout] = skipped, empty, moving
         leave_model_parallel()
@@ -67,7 +69,8 @@ def test_updates(tmp_path: Path, world_size: int, layouts: list[str]) -> None:
         assert moving[0].maxima["abs_ratio_minus_one"] < 1e-5, "the first update starts at the scored policy"
         later = moving[-1].sums
         assert later["left_of_clip"] + later["right_of_clip"] > 0, "later updates leave the clip range"
-        # lr * (k + 1) / (warm-up + 1); the skipped update counts, the empty one took no step.
-        assert [stats.lr for stats in [skipped, *moving]] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3, 4e-3])
+        # lr * (k + 1) / (warm-up + 1); updates that move nothing count.
+        rates = [stats.lr for stats in [skipped, empty, *moving]]
+        assert rates == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3, 4e-3, 4e-3])
         for rank in ranks[1:]:
             assert rank[layout][2] == moving, "every rank tells the same"

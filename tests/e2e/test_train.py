@@ -23,7 +23,14 @@ from tests.support.rollout import processes_below, wait_gone
 from tests.support.training import saved_weights, scalars, start_training, train, write_config
 
 PROBE = [5, 14, 6, 13, 8, 20, 33, 40, 7, 7]
-NOT_EVERY_STEP = {"policy/reference_kl", "memory/gpu_peak_gib", "samples"}
+NOT_EVERY_STEP = {
+    "policy/reference_kl",
+    "algorithm/entropy_target",
+    "engine/importance_weight",
+    "engine/importance_corrected",
+    "memory/gpu_peak_gib",
+    "samples",
+}
 
 
 @pytest.fixture
@@ -104,12 +111,28 @@ def hf_logprobs(folder: Path) -> torch.Tensor:
 
 
 def test_resumed_equals_uninterrupted(recording: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """The trainer's side of a run is a function of its rollouts, however often it is interrupted, to the bit."""
+    """The trainer's side of a run is a function of its rollouts, however often it is interrupted, to the bit.
+
+    With all that a resumed run could get wrong: a reference policy, which is the start's and not the checkpoint's, the
+    entropy controller's state, and schedules by step.
+    """
+    algorithm = {
+        "preset": "paper",
+        "kl_coef": 0.1,
+        "entropy_target": {"target": 3.0, "gain": 1.0},
+        "clip_high": {"linear": {1: 0.2, 3: 0.3}},
+    }
     weights = []
     for name, lengths in (("uninterrupted", [2]), ("resumed", [1, 2])):
         folder = tmp_path / name
         folder.mkdir()
-        config = write_config(folder, tiny_model, rollout={"mode": "replay", "replay": str(recording)})
+        config = write_config(
+            folder,
+            tiny_model,
+            rollout={"mode": "replay", "replay": str(recording)},
+            algorithm=algorithm,
+            optimizer={"lr": {"linear": {1: 3e-3, 3: 1e-3}}, "warmup_updates": 3},
+        )
         for steps in lengths:
             output = train(config, 2, "parallel.tp=2", f"train.steps={steps}")
         assert ("resumed from" in output) == (name == "resumed")
@@ -119,8 +142,12 @@ def test_resumed_equals_uninterrupted(recording: Path, tiny_model: Path, tmp_pat
         assert torch.equal(uninterrupted[parameter], resumed[parameter]), parameter
     before = scalars(tmp_path / "uninterrupted" / "run")
     after = scalars(tmp_path / "resumed" / "run")
-    for tag in ("policy/loss", "policy/grad_norm", "policy/entropy", "ratio/left_of_clip"):
+    for tag in ("policy/loss", "policy/grad_norm", "policy/entropy", "ratio/left_of_clip", "policy/reference_kl"):
         assert before[tag] == after[tag], tag
+    for tag in ("algorithm/beta1", "algorithm/clip_high", "policy/lr"):
+        assert before[tag] == after[tag], tag
+        assert before[tag][0] != before[tag][1], f"{tag} does not change"
+    assert after["policy/reference_kl"][1] > after["policy/reference_kl"][0] > 0, "away from the start"
 
 
 def test_ctrl_c_while_saving_loses_nothing(recording: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gppo.algorithm import linear_logprobs_and_entropy
+from megatron_gppo.algorithm import linear_logprobs_and_entropy, values_in_force
 from megatron_gppo.packing import unpack
 from megatron_gppo.policy import Policy, Progress, checkpoint, initialize_model_parallel, shut_down, step
 from megatron_gppo.policy.local_modules import PackedAttention
@@ -60,7 +60,7 @@ def test_fp32_equals_hf(process_group: None, tmp_path: Path, architecture: str) 
     (batch,) = perturbed_old_logprobs(policy, updates, samples)
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
-    step.accumulate_gradients(policy.network, batch, policy.config.algorithm, 48)
+    step.accumulate_gradients(policy.network, batch, policy.config.algorithm.at(1), 48)
     gradient = hf_gradients(policy.architecture, [main_gradients(policy)])
     for name, expected in reference.gradient(samples).items():
         difference = (gradient[name].cpu() - expected).norm() / expected.norm()
@@ -79,7 +79,8 @@ def test_bf16_trains_and_resumes(process_group: None, tmp_path: Path) -> None:
     before = {name: shard.clone() for name, shard in policy.shards().items()}
     samples = make_samples(8, 4, policy.architecture.vocab_size)
     batches = policy.add_old_logprobs(pack(policy, samples))
-    stats = [policy.update(batch) for batch in batches]
+    *in_force, after = values_in_force(policy.config, step=1, updates=range(len(batches) + 1), control=None)
+    stats = [policy.update(batch, values) for batch, values in zip(batches, in_force, strict=True)]
     assert all(np.isfinite(one.loss) and one.grad_norm > 0 and not one.skipped for one in stats)
     # Scoring and training run the same kernels on the same micro-batches.
     assert stats[0].maxima["abs_ratio_minus_one"] < 1e-2
@@ -88,12 +89,12 @@ def test_bf16_trains_and_resumes(process_group: None, tmp_path: Path) -> None:
     progress = Progress(step=1, updates=len(stats), data_position=8)
     checkpoint.save(tmp_path / checkpoint.folder_name(1), policy, progress, folder)
     more = policy.add_old_logprobs(pack(policy, make_samples(4, 4, policy.architecture.vocab_size, seed=1)))
-    policy.update(more[0])
+    policy.update(more[0], after)
     uninterrupted = {name: shard.clone() for name, shard in policy.shards().items()}
     resumed = Policy(policy.config, policy.architecture, policy.parallel)
     assert checkpoint.load(tmp_path / checkpoint.folder_name(1), resumed) == progress
     again = resumed.add_old_logprobs(pack(resumed, make_samples(4, 4, policy.architecture.vocab_size, seed=1)))
-    resumed.update(again[0])
+    resumed.update(again[0], after)
     for name, shard in resumed.shards().items():
         torch.testing.assert_close(shard, uninterrupted[name], msg=name)
 

@@ -95,9 +95,16 @@ class LossAndGradients:
     """Gradients by sequence; those of masked tokens are 0."""
 
     loss: float
-    magnitude: float  # the same sum with every token's terms made positive: the scale of rounding errors
     logprobs: list[Tensor]
     entropy: list[Tensor]
+
+
+@dataclass
+class Reference(LossAndGradients):
+    """The same in fp64, with the scales of rounding errors: sums in which every term was made positive."""
+
+    magnitude: float  # of the loss
+    logprobs_scale: list[Tensor]  # of each token's gradient
 
 
 def run_policy_loss(config: LossConfig, batch: Batch, indices: list[int] | None = None) -> LossAndGradients:
@@ -112,48 +119,70 @@ def run_policy_loss(config: LossConfig, batch: Batch, indices: list[int] | None 
     entropy_grad = torch.zeros_like(entropy) if entropy.grad is None else entropy.grad
     return LossAndGradients(
         loss.item(),
-        0.0,
         list(logprobs.grad.split(sizes)),
         list(entropy_grad.split(sizes)),
     )
 
 
-def reference_loss(config: LossConfig, batch: Batch) -> LossAndGradients:
+def reference_loss(config: LossConfig, batch: Batch) -> Reference:
     loss = torch.zeros((), dtype=torch.float64)
-    magnitude = torch.zeros((), dtype=torch.float64)
-    leaves = []
+    result = Reference(0.0, [], [], 0.0, [])
     denominator = batch.denominator(config.aggregation)
     for sequence in batch.sequences:
         keep = sequence.loss_mask
         logprobs = sequence.logprobs.double().where(keep, torch.zeros(())).requires_grad_()
         entropy = sequence.entropy.double().where(keep, torch.zeros(())).requires_grad_()
-        leaves.append((logprobs, entropy))
-        if not keep.any():
-            continue
-        length = sequence.num_loss_tokens
-        weight = {
-            "token_mean": 1.0,
-            "group_token_mean": 1.0 / batch.group_lengths[sequence.group],
-            "seq_mean_token_mean": 1.0 / length,
-            "seq_mean_token_sum_norm": 1.0,
-        }[config.aggregation]
-        objective = _objective(config, logprobs[keep], sequence)
-        terms = [
-            -weight * objective / denominator,
-            weight * config.kl_coef * _kl(config, logprobs[keep] - sequence.ref_logprobs[keep].double()) / denominator,
-            -weight * config.entropy_coef * entropy[keep] / denominator,
-        ]
-        if sequence.correct and config.nll_coef > 0:
-            terms.append(-config.nll_coef * logprobs[keep] / batch.num_correct_tokens)
-        for term in terms:
-            loss = loss + term.sum()
-            magnitude = magnitude + term.detach().abs().sum()
-    if loss.requires_grad:
-        loss.backward()
-    zero_if_none = [[torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in pair] for pair in leaves]
-    return LossAndGradients(
-        loss.item(), magnitude.item(), [pair[0] for pair in zero_if_none], [pair[1] for pair in zero_if_none]
-    )
+        gradients = [torch.zeros_like(logprobs), torch.zeros_like(entropy)]
+        scale = torch.zeros_like(logprobs)
+        for term in _terms(config, batch, sequence, logprobs, entropy, denominator) if keep.any() else []:
+            loss = loss + term.detach().sum()
+            result.magnitude += term.detach().abs().sum().item()
+            term_gradients = torch.autograd.grad(term.sum(), [logprobs, entropy], retain_graph=True, allow_unused=True)
+            for total, gradient in zip(gradients, term_gradients, strict=True):
+                total += 0 if gradient is None else gradient
+            scale += 0 if term_gradients[0] is None else term_gradients[0].abs()
+        result.logprobs.append(gradients[0])
+        result.entropy.append(gradients[1])
+        result.logprobs_scale.append(scale)
+    result.loss = loss.item()
+    return result
+
+
+def _terms(
+    config: LossConfig, batch: Batch, sequence: Sequence, logprobs: Tensor, entropy: Tensor, denominator: int
+) -> list[Tensor]:
+    """What a sequence adds to the loss, one tensor of its tokens' values for each part of the objective."""
+    keep = sequence.loss_mask
+    weight = {
+        "token_mean": 1.0,
+        "group_token_mean": 1.0 / batch.group_lengths[sequence.group],
+        "seq_mean_token_mean": 1.0 / sequence.num_loss_tokens,
+        "seq_mean_token_sum_norm": 1.0,
+    }[config.aggregation]
+    objective = _objective(config, logprobs[keep], sequence) * _importance_weight(config, sequence)
+    terms = [-weight * objective / denominator]
+    if config.kl_coef > 0:
+        kl = _kl(config, logprobs[keep] - sequence.ref_logprobs[keep].double())
+        terms.append(weight * config.kl_coef * kl / denominator)
+    if config.entropy_coef > 0:
+        terms.append(-weight * config.entropy_coef * entropy[keep] / denominator)
+    if sequence.correct and config.nll_coef > 0:
+        terms.append(-config.nll_coef * logprobs[keep] / batch.num_correct_tokens)
+    return terms
+
+
+def _importance_weight(config: LossConfig, sequence: Sequence) -> Tensor:
+    old, rollout = sequence.old_logprobs[sequence.loss_mask], sequence.rollout_logprobs[sequence.loss_mask]
+    if config.importance_correction is None:
+        return torch.ones_like(old).double()
+    log_weight, branch = old.double() - rollout.double(), old - rollout
+    if config.objective == "gspo":
+        log_weight, branch = log_weight.mean().expand(len(old)), branch.double().mean().float().expand(len(old))
+    weight, branch = log_weight.clamp(-20, 20).exp(), branch.clamp(-20, 20).exp()  # the latter in fp32
+    cap = config.importance_cap
+    if config.importance_correction == "truncated":
+        return torch.where(branch > cap, cap, weight)
+    return torch.where((branch > cap) | (branch < 1 / cap), 0.0, weight)
 
 
 def _objective(config: LossConfig, logprobs: Tensor, sequence: Sequence) -> Tensor:
@@ -225,7 +254,7 @@ def random_batch(
             "loss_mask": torch.ones(length),
             "entropy": normal(length).abs(),
             "ref_logprobs": logprobs + normal(length) * log_ratio_scale,
-            "rollout_logprobs": old + normal(length) * 0.01,
+            "rollout_logprobs": old + normal(length) * 0.5,
         }
         hostile = torch.tensor([float("nan"), float("inf"), -float("inf")])
         padded = {
@@ -235,6 +264,12 @@ def random_batch(
         padded["loss_mask"] = torch.cat([torch.zeros(before), values["loss_mask"], torch.zeros(after)]).bool()
         sequences.append(Sequence(**padded, group=index // group_size, correct=bool(integer(2))))
     return Batch(sequences)
+
+
+def one_token_sequences(log_ratio: Tensor, advantages: Tensor) -> Batch:
+    """Sequences of one token each, whose fp32 log-ratios are exactly these."""
+    pairs = zip(log_ratio, advantages, strict=True)
+    return Batch([single_sequence(x[None], a[None]).sequences[0] for x, a in pairs])
 
 
 def single_sequence(log_ratio: Tensor, advantages: Tensor) -> Batch:

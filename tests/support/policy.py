@@ -1,5 +1,6 @@
 """A real Megatron policy over gloo ranks, filled from an HF folder, for tests; and its single-process HF reference."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from megatron_gppo.algorithm import loss_denominator, policy_loss
 from megatron_gppo.config import Config, parse_config
 from megatron_gppo.convert import Architecture, HfCheckpoint, parameters
-from megatron_gppo.datatypes import MicroBatch, Sample, ScoredBatch, UpdateBatch
+from megatron_gppo.datatypes import Sample, ScoredBatch, UpdateBatch
 from megatron_gppo.packing import pack_updates
 from megatron_gppo.policy import Policy, initialize_model_parallel
 
@@ -112,36 +113,50 @@ def pack(policy: Policy, samples: list[Sample]) -> list[UpdateBatch]:
     )
 
 
-def perturbed_old_logprobs(policy: Policy, updates: list[UpdateBatch], samples: list[Sample]) -> list[ScoredBatch]:
-    """Old log-probs that put ratios on both sides of the clip range and at least 1e-4 away from its bounds.
+def perturbed_old_logprobs(
+    policy: Policy, updates: list[UpdateBatch], samples: list[Sample], scale: float = 1.0
+) -> list[ScoredBatch]:
+    """Old log-probs that put ratios on both sides of the clip range and at least 1e-4 away from its bounds, and log-probs
+    of a reference policy that are about as far away.
 
     The perturbation belongs to the sample, so it is the same however the samples are packed.
     """
     return [
         ScoredBatch(
             batch.update,
-            [
-                torch.where(packed.loss_mask, old + _perturbation(packed, samples), 0.0)
-                for packed, old in zip(batch.update.microbatches, batch.old_logprobs, strict=True)
-            ],
+            _perturbed(batch, samples, lambda sample: perturbation(sample, scale)),
+            _perturbed(batch, samples, reference_perturbation),
         )
         for batch in policy.add_old_logprobs(updates)
     ]
 
 
-def _perturbation(packed: MicroBatch, samples: list[Sample]) -> torch.Tensor:
-    values = torch.zeros(len(packed.targets))
-    positions = packed.loss_mask.nonzero().squeeze(1)
-    pieces = [_sample_perturbation(index, samples[index]) for index in packed.sample_indices]
-    if pieces:
-        values[positions] = torch.cat(pieces)
-    return values
+def _perturbed(
+    batch: ScoredBatch, samples: list[Sample], of_sample: Callable[[Sample], torch.Tensor]
+) -> list[torch.Tensor]:
+    perturbed = []
+    for packed, logprobs in zip(batch.update.microbatches, batch.old_logprobs, strict=True):
+        values = logprobs.clone()
+        if packed.sample_indices:
+            values[packed.loss_mask] += torch.cat([of_sample(samples[index]) for index in packed.sample_indices])
+        perturbed.append(values)
+    return perturbed
 
 
-def _sample_perturbation(index: int, sample: Sample) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(index)
-    choices = torch.tensor([-0.6, -0.3, -0.1, 0.0, 0.1, 0.3, 0.6])  # log-ratios; the bounds are at -0.223 and 0.182
-    return choices[torch.randint(0, len(choices), (len(sample.response_ids),), generator=generator)]
+def perturbation(sample: Sample, scale: float = 1.0) -> torch.Tensor:
+    """[L], old log-probs minus the policy's."""
+    # Their negatives are the log-ratios; at scale 1 the bounds are at -0.223 and 0.182, dapo's at 0.247.
+    choices = scale * torch.tensor([-0.6, -0.3, -0.1, 0.0, 0.1, 0.3, 0.6])
+    return choices[torch.randint(0, len(choices), (len(sample.response_ids),), generator=_generator(sample))]
+
+
+def reference_perturbation(sample: Sample) -> torch.Tensor:
+    """[L], log-probs of the reference policy minus the policy's."""
+    return 0.2 * torch.randn(len(sample.response_ids), generator=_generator(sample))
+
+
+def _generator(sample: Sample) -> torch.Generator:
+    return torch.Generator().manual_seed(int(sample.response_ids.sum()))
 
 
 def main_gradients(policy: Policy) -> dict[str, tuple[int, torch.Tensor]]:
@@ -165,6 +180,17 @@ def hf_gradients(
     return gradients
 
 
+def assert_same_gradient(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], case: Any) -> None:
+    """At most 5e-6 over all parameters and 2e-5 for any one tensor, relative in norm."""
+    assert actual.keys() == expected.keys()
+    difference = {name: (actual[name] - expected[name]).double().norm() for name in expected}
+    size = {name: expected[name].double().norm() for name in expected}
+    total = torch.stack(list(difference.values())).norm() / torch.stack(list(size.values())).norm()
+    assert total < 5e-6, f"{case}: relative difference {total:.2e} over all parameters"
+    for name in expected:
+        assert difference[name] < 2e-5 * size[name], f"{case}, {name}: {difference[name] / size[name]:.2e}"
+
+
 class Reference:
     """The same computation by HF transformers in one process, one sequence at a time, without packing."""
 
@@ -180,8 +206,8 @@ class Reference:
         entropy = -(scaled.exp() * scaled).sum(-1)
         return scaled.gather(1, torch.from_numpy(sample.response_ids)[:, None])[:, 0], entropy
 
-    def gradient(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
-        """Gradient of one update's loss by HF name, with the perturbed old log-probs of the Megatron side."""
+    def gradient(self, samples: list[Sample], scale: float = 1.0) -> dict[str, torch.Tensor]:
+        """Gradient of one update's loss by HF name, with the perturbed log-probs of the Megatron side."""
         self.model.zero_grad()
         update = UpdateBatch(
             microbatches=[],
@@ -190,21 +216,25 @@ class Reference:
             num_loss_groups=len({sample.group for sample in samples}),
             num_correct_tokens=sum(len(sample.response_ids) for sample in samples if sample.correct),
         )
-        for index, sample in enumerate(samples):
+        loss = self.config.algorithm.at(1)
+        denominator = loss_denominator(loss, update, max_response_tokens=self.config.rollout.max_response_tokens)
+        for sample in samples:
             logprobs, entropy = self.logprobs(sample)
             length = len(logprobs)
             group_length = sum(len(other.response_ids) for other in samples if other.group == sample.group)
             output = policy_loss(
-                self.config.algorithm,
+                loss,
                 logprobs=logprobs,
-                old_logprobs=logprobs.detach() + _sample_perturbation(index, sample),
+                old_logprobs=logprobs.detach() + perturbation(sample, scale),
                 advantages=torch.full((length,), sample.advantage),
                 loss_mask=torch.ones(length, dtype=torch.bool),
-                denominator=loss_denominator(self.config.algorithm, update),
+                denominator=denominator,
                 cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
                 sequence_lengths=torch.tensor([length]),
                 group_lengths=torch.tensor([group_length]),
                 entropy=entropy,
+                ref_logprobs=logprobs.detach() + reference_perturbation(sample),
+                rollout_logprobs=torch.from_numpy(sample.rollout_logprobs),
                 correct=torch.tensor([sample.correct]),
                 num_correct_tokens=update.num_correct_tokens,
             )

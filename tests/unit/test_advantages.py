@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gppo.algorithm import group_advantages, is_degenerate, samples_from_groups
+from megatron_gppo.config import Advantage
 from megatron_gppo.datatypes import Group, Prompt, Response, Verdict
 
+KINDS = get_args(Advantage)
 rewards_lists = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=16)
 
 
@@ -42,22 +45,46 @@ def test_equation_2(rewards: list[float]) -> None:
 
 
 @settings(deadline=None)
-@given(rewards_lists, st.randoms())
-def test_only_the_order_within_the_group_matters_to_the_order(rewards: list[float], random) -> None:
+@given(rewards_lists)
+def test_without_std_and_leave_one_out(rewards: list[float]) -> None:
+    mean = statistics.mean(rewards)
+    assert group_advantages(rewards, "mean") == pytest.approx([reward - mean for reward in rewards], abs=1e-9)
+    others = [statistics.mean(rewards[:index] + rewards[index + 1 :]) for index in range(len(rewards))]
+    expected = [reward - other for reward, other in zip(rewards, others, strict=True)]
+    assert group_advantages(rewards, "leave_one_out") == pytest.approx(expected, abs=1e-9)
+
+
+@settings(deadline=None)
+@given(rewards_lists, st.floats(-50, 50), st.floats(0.1, 10))
+def test_shifting_and_scaling_rewards(rewards: list[float], shift: float, scale: float) -> None:
+    """A shift changes nothing; a scale goes through, except that the standard deviation takes it out."""
+    moved = [scale * reward + shift for reward in rewards]
+    for kind in ("mean", "leave_one_out"):
+        expected = [scale * advantage for advantage in group_advantages(rewards, kind)]
+        assert group_advantages(moved, kind) == pytest.approx(expected, abs=1e-7)
+    if max(rewards) - min(rewards) > 0.1:  # the floor of 1e-6 is small beside their deviation
+        assert group_advantages(moved) == pytest.approx(group_advantages(rewards), rel=1e-3)
+
+
+@settings(deadline=None)
+@given(rewards_lists, st.randoms(), st.sampled_from(KINDS))
+def test_only_the_order_within_the_group_matters_to_the_order(rewards: list[float], random, kind: Advantage) -> None:
     order = list(range(len(rewards)))
     random.shuffle(order)
-    advantages, shuffled = group_advantages(rewards), group_advantages([rewards[index] for index in order])
+    advantages = group_advantages(rewards, kind)
+    shuffled = group_advantages([rewards[index] for index in order], kind)
     assert shuffled == pytest.approx([advantages[index] for index in order], abs=1e-7)
     assert math.fsum(advantages) == pytest.approx(0, abs=1e-7)
     for low, high in zip(np.argsort(rewards)[:-1], np.argsort(rewards)[1:], strict=True):
         assert advantages[low] <= advantages[high]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reward", [0.1, -1.0, 1e30])
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_equal_rewards_give_exactly_zero(reward: float, size: int) -> None:
+def test_equal_rewards_give_exactly_zero(reward: float, size: int, kind: Advantage) -> None:
     """The mean of three times 0.1 is not 0.1 in floating point."""
-    assert group_advantages([reward] * size) == [0.0] * size
+    assert group_advantages([reward] * size, kind) == [0.0] * size
     assert is_degenerate(make_group([reward] * size))
 
 
@@ -77,6 +104,8 @@ def test_samples_keep_order_groups_and_tokens() -> None:
     assert [sample.group for sample in samples] == [0, 0, 1, 1, 1]
     assert [sample.correct for sample in samples] == [True, False, True, True, True]
     assert [sample.advantage for sample in samples] == [*group_advantages([1.0, 0.0]), 0.0, 0.0, 0.0]
+    centered = samples_from_groups(groups, advantage="mean")
+    assert [sample.advantage for sample in centered] == [0.5, -0.5, 0.0, 0.0, 0.0]
     assert [len(sample.response_ids) for sample in samples] == [1, 2, 1, 2, 3]
     last = samples[-1]
     assert (last.prompt_ids.tolist(), last.response_ids.tolist()) == ([5, 14, 6], [10, 11, 12])

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_gppo.config import PRESETS, Config, ConfigError, dump_config, load_config, parse_config
+from megatron_gppo.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    EntropyTargetConfig,
+    LossConfig,
+    dump_config,
+    load_config,
+    parse_config,
+)
 
 MINIMAL: dict[str, Any] = {
     "model": {"hf_path": "model"},
@@ -61,12 +70,48 @@ def test_released_code_preset_adds_dual_clip_and_nll() -> None:
     assert (algorithm.dual_clip, algorithm.nll_coef) == (10.0, 0.1)
 
 
+def test_presets_of_the_objectives_that_the_paper_compares_with() -> None:
+    chosen = {
+        preset: (algorithm.objective, algorithm.clip_low, algorithm.clip_high, algorithm.aggregation)
+        for preset in ("grpo", "dapo", "cispo", "gspo")
+        for algorithm in [parse(algorithm__preset=preset).algorithm]
+    }
+    assert chosen == {
+        "grpo": ("ppo_clip", 0.2, 0.2, "seq_mean_token_mean"),
+        "dapo": ("dapo", 0.2, 0.28, "token_mean"),
+        "cispo": ("cispo", 0.2, 0.2, "token_mean"),
+        "gspo": ("gspo", 3e-4, 4e-4, "seq_mean_token_mean"),
+    }
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_can_be_overridden_field_by_field(preset: str) -> None:
-    algorithm = parse(algorithm={"preset": preset, "beta1": 0.75}).algorithm
-    assert algorithm.beta1 == 0.75
-    rest = algorithm.model_dump(include=set(PRESETS[preset]) - {"beta1"})
-    assert rest == {name: value for name, value in PRESETS[preset].items() if name != "beta1"}
+    algorithm = parse(algorithm={"preset": preset, "clip_high": 0.75}).algorithm
+    assert algorithm.clip_high == 0.75
+    rest = algorithm.model_dump(include=set(PRESETS[preset]) - {"clip_high"})
+    assert rest == {name: value for name, value in PRESETS[preset].items() if name != "clip_high"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_resolved_config_shows_what_a_preset_sets(tmp_path: Path, preset: str) -> None:
+    resolved = yaml.safe_load(dump_config(parse(algorithm={"preset": preset, "dual_clip": 4.0})))["algorithm"]
+    assert resolved["dual_clip"] == 4.0
+    assert PRESETS[preset].items() - {("dual_clip", 10.0)} <= resolved.items()
+    assert parse(algorithm=resolved).algorithm == parse(algorithm={"preset": preset, "dual_clip": 4.0}).algorithm
+
+
+def test_schedules_in_yaml(tmp_path: Path) -> None:
+    text = yaml.safe_dump(MINIMAL | {"algorithm": None}) + (
+        "algorithm:\n  preset: paper\n  beta1: {piecewise_constant: {1: 0, 585: 0.5}}\n  clip_high: {linear: {1: 0.2, 101: 0.3}}\n"
+    )
+    config = load_config(
+        write(tmp_path, text.replace("algorithm: null\n", "")), ["optimizer.lr={cosine: {1: 1e-6, 1000: 0}}"]
+    )
+    at_start, later = config.algorithm.at(1), config.algorithm.at(585)
+    assert (at_start.beta1, at_start.beta2, later.beta1) == (0.0, 1.0, 0.5)
+    assert config.algorithm.at(51).clip_high == pytest.approx(0.25)
+    assert config.optimizer.peak_lr(1000) == 0.0
+    assert type(at_start) is LossConfig
 
 
 @pytest.mark.parametrize(
@@ -108,7 +153,7 @@ def test_presets_can_be_overridden_field_by_field(preset: str) -> None:
         ({"run.seed": -1}, ["run.seed = -1"]),
         # choices
         ({"model.dtype": "fp16"}, ["model.dtype = 'fp16'", "'bf16' or 'fp32'"]),
-        ({"algorithm.preset": "papr"}, ["algorithm.preset = 'papr'", "'paper' or 'released-code'"]),
+        ({"algorithm.preset": "papr"}, ["algorithm.preset = 'papr'", "'paper', 'released-code', 'grpo'"]),
         ({"algorithm.objective": "grpo"}, ["algorithm.objective = 'grpo'", "'ppo_clip'"]),
         ({"rollout.mode": "remote"}, ["rollout.mode = 'remote'"]),
         ({"parallel.cp": 2}, ["parallel.cp = 2"]),
@@ -125,7 +170,37 @@ def test_presets_can_be_overridden_field_by_field(preset: str) -> None:
         ({"rollout.host": "0.0.0.0"}, ["host = 0.0.0.0", "rollout.api_key"]),
         ({"optimizer.min_lr": 1.0}, ["min_lr = 1.0 is above lr = 1e-06", "optimizer.min_lr"]),
         ({"algorithm.objective": "dapo"}, ["beta1 = 0.5, beta2 = 1.0", "objective = dapo", "or the preset"]),
-        ({"algorithm.kl_coef": 0.1}, ["algorithm.kl_coef = 0.1 needs a reference policy", "set it to 0"]),
+        ({"algorithm": {"preset": "grpo", "beta1": 0.5}}, ["beta1 = 0.5, beta2 = None", "objective = ppo_clip"]),
+        ({"optimizer.lr": 0}, ["lr = 0.0 moves nothing", "raise optimizer.lr"]),
+        # schedules
+        ({"algorithm.beta1": {"step": {1: 0, 5: 1}}}, ["algorithm.beta1", "{'step': {1: 0, 5: 1}} is not a schedule"]),
+        ({"algorithm.beta1": {"linear": {1: 0}}}, ["algorithm.beta1: linear has 1 of at least 2 points"]),
+        ({"algorithm.beta1": {"linear": {1: 0, 5: -1}}}, ["algorithm.beta1.linear.5 = -1", "equal to 0"]),
+        ({"algorithm.clip_low": {"linear": {1: 0, 5: 1}}}, ["algorithm.clip_low.linear.5 = 1", "less than 1"]),
+        ({"optimizer.lr": {"cosine": {1: 0, "end": 1}}}, ["optimizer.lr.cosine.end", "valid integer"]),
+        ({"optimizer.lr": {"cosine": {1: 0, 9: 0}}}, ["lr is 0 in every step"]),
+        ({"algorithm.kl_coef": {"linear": {1: 0, 9: 1}}}, ["algorithm.kl_coef = {'linear'", "valid number"]),
+        (
+            {"optimizer": {"lr": {"linear": {1: 1e-6, 9: 0}}, "schedule": "cosine"}},
+            ["schedule = cosine", "lr is a schedule", "put the decay into optimizer.lr"],
+        ),
+        # the entropy controller
+        ({"algorithm.entropy_target": {}}, ["algorithm.entropy_target.target: missing"]),
+        ({"algorithm.entropy_target": {"target": 0}}, ["algorithm.entropy_target.target = 0", "greater than 0"]),
+        ({"algorithm.entropy_target": {"taget": 1}}, ["algorithm.entropy_target.taget = 1", "did you mean target?"]),
+        ({"algorithm.entropy_target": {"target": 1, "beta1": [1, 0]}}, ["beta1 = [1.0, 0.0] is not [least, most]"]),
+        (
+            {"algorithm": {"preset": "paper", "beta1": 2, "entropy_target": {"target": 1}}},
+            ["beta1 = 2.0 is not in entropy_target.beta1 = [0.0, 1.0]", "widen the range"],
+        ),
+        (
+            {"algorithm": {"preset": "paper", "beta2": {"linear": {1: 1, 5: 0.5}}, "entropy_target": {"target": 1}}},
+            ["beta2 is a schedule, and entropy_target moves it", "the number to start from"],
+        ),
+        (
+            {"algorithm": {"preset": "grpo", "entropy_target": {"target": 1}}},
+            ["objective = ppo_clip", "remove algorithm.entropy_target"],
+        ),
         ({"train.prompts_per_update": 7}, ["rollout.prompts_per_step = 128", "train.prompts_per_update = 7"]),
         ({"train.tokens_per_microbatch": 100}, ["train.tokens_per_microbatch = 100", "= 20480 tokens"]),
     ],
@@ -233,6 +308,15 @@ def test_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     [
         {},
         {"algorithm.preset": "released-code", "algorithm.dual_clip": None},
+        {"algorithm.preset": "gspo", "algorithm.kl_coef": 0.1},
+        {
+            "algorithm": {
+                "preset": "paper",
+                "clip_high": {"linear": {1: 0.2, 30: 0.3}},
+                "entropy_target": {"target": {"cosine": {1: 0.5, 100: 0.2}}, "beta2": [1, 1]},
+            },
+            "optimizer.lr": {"piecewise_constant": {0: 1e-6, 10: 0}},
+        },
         {
             "data.train": ["a.jsonl", "b.jsonl"],
             "optimizer.lr": 1.1e-6,
@@ -246,10 +330,12 @@ def test_dumped_config_loads_to_an_equal_one(tmp_path: Path, changes: dict[str, 
 
 
 def test_every_field_is_documented() -> None:
+    sections = {section: field.annotation for section, field in Config.model_fields.items()}
+    sections["algorithm.entropy_target"] = EntropyTargetConfig
     undocumented = [
         f"{section}.{name}"
-        for section, field in Config.model_fields.items()
-        for name, inner in field.annotation.model_fields.items()  # type: ignore[union-attr]
+        for section, fields in sections.items()
+        for name, inner in fields.model_fields.items()  # type: ignore[union-attr]
         if not inner.description
     ]
     assert undocumented == []

@@ -9,7 +9,7 @@ import megatron_gppo
 
 PACKAGE = Path(megatron_gppo.__file__).parent
 
-BASE = {"datatypes", "config", "metrics"}
+BASE = {"datatypes", "config", "metrics", "schedules"}
 EVERYTHING = {
     *BASE,
     "algorithm",
@@ -31,7 +31,8 @@ EVERYTHING = {
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "datatypes": set(),
-    "config": set(),
+    "schedules": set(),
+    "config": {"schedules"},
     "metrics": set(),
     "algorithm": BASE,
     "convert": BASE,

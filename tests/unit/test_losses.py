@@ -1,5 +1,7 @@
 """policy_loss against the fp64 reference, in value and gradient, and the properties that its docstring states."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,12 +15,17 @@ from tests.support.loss_reference import (
     MAX_RESPONSE_TOKENS,
     OBJECTIVES,
     Batch,
+    LossAndGradients,
+    Reference,
     loss_config,
+    one_token_sequences,
     random_batch,
     reference_loss,
     run_policy_loss,
     single_sequence,
 )
+
+UNDERFLOW = 1e-30  # products this small leave fp32's range, and are 0 beside anything else
 
 EXTRAS = {
     "plain": {},
@@ -28,16 +35,31 @@ EXTRAS = {
     "k3": {"kl_coef": 0.3, "kl_estimator": "k3"},
     "entropy": {"entropy_coef": 0.01},
     "nll": {"nll_coef": 0.1},
-    "all": {"dual_clip": 3.0, "kl_coef": 0.1, "entropy_coef": 0.01, "nll_coef": 0.1},
+    "truncated": {"importance_correction": "truncated", "importance_cap": 1.25},
+    "masked": {"importance_correction": "masked", "importance_cap": 1.5},
+    "all": {
+        "dual_clip": 3.0,
+        "kl_coef": 0.1,
+        "entropy_coef": 0.01,
+        "nll_coef": 0.1,
+        "importance_correction": "truncated",
+    },
 }
 
 
-def assert_matches_reference(config: LossConfig, batch: Batch, atol: float = 1e-30) -> None:
+def assert_matches_reference(config: LossConfig, batch: Batch) -> None:
     actual, expected = run_policy_loss(config, batch), reference_loss(config, batch)
-    assert abs(actual.loss - expected.loss) <= 2e-6 * expected.magnitude
-    for kind in ("logprobs", "entropy"):
-        for got, want in zip(getattr(actual, kind), getattr(expected, kind), strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=atol)
+    assert abs(actual.loss - expected.loss) <= 2e-6 * expected.magnitude + UNDERFLOW
+    assert_gradients(actual, expected, list(range(len(batch.sequences))))
+
+
+def assert_gradients(actual: LossAndGradients, expected: Reference, sequences: list[int]) -> None:
+    """2e-6 relative; where the terms of a token (objective, KL, NLL) cancel, relative to their sizes."""
+    for got, index in zip(actual.logprobs, sequences, strict=True):
+        difference = (got.double() - expected.logprobs[index]).abs()
+        assert (difference <= 2e-6 * expected.logprobs_scale[index] + UNDERFLOW).all(), (got, expected.logprobs[index])
+    for got, index in zip(actual.entropy, sequences, strict=True):
+        torch.testing.assert_close(got.double(), expected.entropy[index], rtol=2e-6, atol=UNDERFLOW)
 
 
 @pytest.mark.parametrize("extras", EXTRAS)
@@ -47,8 +69,7 @@ def test_matches_reference(objective: str, aggregation: str, extras: str) -> Non
     config = loss_config(objective, aggregation=aggregation, **EXTRAS[extras])
     # 1 is a one-token response, 0 a response without loss tokens; the last group has none at all.
     batch = random_batch(seed=1, lengths=[5, 1, 0, 9, 0, 0])
-    # Terms that nearly cancel leave their rounding errors behind.
-    assert_matches_reference(config, batch, atol=1e-30 if extras in ("plain", "dual_clip") else 1e-7)
+    assert_matches_reference(config, batch)
 
 
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "gspo"])
@@ -61,11 +82,43 @@ def test_adversarial_ratios(objective: str, dual_clip: float | None) -> None:
     assert_matches_reference(loss_config(objective, dual_clip=dual_clip), single_sequence(log_ratio, advantages))
 
 
+@pytest.mark.parametrize("dual_clip", [None, 10.0])
+def test_adversarial_sequence_ratios(dual_clip: float | None) -> None:
+    """gspo's ratio is the sequence's: one-token sequences put it exactly where it is wanted, at its narrow clip range."""
+    config = loss_config("gspo", clip_low=3e-4, clip_high=4e-4, dual_clip=dual_clip)
+    inner = torch.tensor([0.0, -20.0, -3.0, -1e-7, 1e-7, 3.0, 20.0])
+    log_ratio = torch.cat([inner, *(_around_bound(bound) for bound in (1 - 3e-4, 1 + 4e-4, 10.0))]).repeat(3)
+    advantages = torch.tensor([1.7, -0.6, 0.0]).repeat_interleave(len(log_ratio) // 3)
+    assert_matches_reference(config, one_token_sequences(log_ratio, advantages))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_tokens_match_the_reference(data: st.DataObject) -> None:
+    """Every objective, aggregation and option, on ratios up to e^20 either way and advantages of any size and sign."""
+    objective = data.draw(st.sampled_from(OBJECTIVES))
+    extras = EXTRAS[data.draw(st.sampled_from(sorted(EXTRAS)))]
+    config = loss_config(objective, aggregation=data.draw(st.sampled_from(AGGREGATIONS)), **extras)
+    lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+    batch = random_batch(data.draw(st.integers(0, 2**31)), [*lengths, 1])
+    for sequence in batch.sequences:
+        keep, count = sequence.loss_mask, sequence.num_loss_tokens
+        numbers = st.lists(st.floats(-20, 20, width=32), min_size=count, max_size=count)
+        # The old log-prob is 0, so that the fp32 log-ratio is this number and not its rounding.
+        sequence.old_logprobs[keep] = 0.0
+        sequence.logprobs[keep] = torch.tensor(data.draw(numbers))
+        sequence.rollout_logprobs[keep] = torch.tensor(data.draw(numbers))
+        if objective != "gspo":  # its ratio is the sequence's, and its advantage is, too
+            sequence.advantages = sequence.advantages.clone()
+            sequence.advantages[keep] = torch.tensor(data.draw(numbers))
+    assert_matches_reference(config, batch)
+
+
 def _around_bound(bound: float) -> Tensor:
     """fp32 log-ratios whose fp32 ratios are just below, exactly on, and just above an fp32 bound."""
-    start = torch.tensor(bound).log()
-    steps = torch.arange(-40, 41)
-    log_ratios = (start.view(torch.int32) + steps.int()).view(torch.float32)
+    start = math.log(bound)
+    # Neighbours of 1 are 6e-8 apart and those of its logarithm much less, so that several of these share a ratio.
+    log_ratios = torch.linspace(start - 4e-7 * max(1, abs(start)), start + 4e-7 * max(1, abs(start)), 81)
     ratios = log_ratios.exp()
     exact = torch.tensor(bound)
     chosen = [log_ratios[ratios < exact].max(), log_ratios[ratios == exact][0], log_ratios[ratios > exact].min()]
@@ -85,10 +138,8 @@ def test_beyond_20_the_value_is_clamped_and_the_gradient_is_not_zeroed(objective
     advantages = torch.tensor([-1.0, 1.0, -1.0, 1.0])  # none of these is clipped by ce_gppo or ppo_clip
     config = loss_config(objective)
     batch = single_sequence(log_ratio, advantages)
-    if objective == "gspo":  # its ratio is the sequence's: one token a sequence
-        batch = Batch(
-            [single_sequence(x[None], a[None]).sequences[0] for x, a in zip(log_ratio, advantages, strict=True)]
-        )
+    if objective == "gspo":  # its ratio is the sequence's
+        batch = one_token_sequences(log_ratio, advantages)
     assert policy_loss(config, **batch.pack(config)).metrics["clamped_log_ratio"] == 4
     assert_matches_reference(config, batch)
     assert all((gradient != 0).all() for gradient in run_policy_loss(config, batch).logprobs)
@@ -143,7 +194,7 @@ def test_split_and_order_do_not_matter(data: st.DataObject) -> None:
     aggregation = data.draw(st.sampled_from(AGGREGATIONS))
     lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=8))
     batch = random_batch(data.draw(st.integers(0, 2**31)), [*lengths, 3], group_size=data.draw(st.integers(1, 4)))
-    config = loss_config(objective, aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01, nll_coef=0.1)
+    config = loss_config(objective, aggregation=aggregation, **EXTRAS["all"])
     order = data.draw(st.permutations(range(len(batch.sequences))))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(order)), max_size=3)))
     parts = [order[a:b] for a, b in zip([0, *cuts], [*cuts, len(order)], strict=True)]
@@ -152,8 +203,7 @@ def test_split_and_order_do_not_matter(data: st.DataObject) -> None:
     outputs = [run_policy_loss(config, batch, part) for part in parts]
     assert abs(sum(output.loss for output in outputs) - expected.loss) <= 2e-6 * expected.magnitude
     for part, output in zip(parts, outputs, strict=True):
-        for index, gradient in zip(part, output.logprobs, strict=True):
-            torch.testing.assert_close(gradient.double(), expected.logprobs[index], rtol=2e-6, atol=1e-6)
+        assert_gradients(output, expected, part)
 
 
 def test_gspo_gradient_is_that_of_its_sequence_objective() -> None:
@@ -175,7 +225,7 @@ def test_gspo_gradient_is_that_of_its_sequence_objective() -> None:
 def test_no_loss_token_gives_zero_with_a_gradient(objective: str, lengths: list[int]) -> None:
     """No token at all, and only masked ones, all of them NaN or Inf."""
     for aggregation in AGGREGATIONS:
-        config = loss_config(objective, aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01, nll_coef=0.1)
+        config = loss_config(objective, aggregation=aggregation, **EXTRAS["all"])
         inputs = random_batch(2, lengths).pack(config) | {"denominator": 7, "num_correct_tokens": 0}
         logprobs, entropy = inputs["logprobs"].requires_grad_(), inputs["entropy"].requires_grad_()
         output = policy_loss(config, **inputs)
@@ -218,6 +268,23 @@ def test_metrics() -> None:
         assert (value.dtype, value.dim(), value.requires_grad) == (torch.float32, 0, False)
 
 
+@pytest.mark.parametrize(
+    ("correction", "weights", "corrected"),
+    [("truncated", [0.25, 0.5, 1.0, 2.0, 2.0], 1), ("masked", [0.0, 0.5, 1.0, 2.0, 0.0], 2)],
+)
+def test_importance_correction(correction: str, weights: list[float], corrected: int) -> None:
+    """By hand: what the engine thought four times as likely, ..., and a quarter as likely as the old policy did."""
+    config = loss_config("ppo_clip", importance_correction=correction)
+    inputs = single_sequence(torch.zeros(5), torch.ones(5)).pack(config)
+    inputs["rollout_logprobs"] = -torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0]).log()
+    logprobs = inputs["logprobs"].requires_grad_()
+    output = policy_loss(config, **inputs)
+    output.loss.backward()
+    assert (-5 * logprobs.grad).tolist() == pytest.approx(weights)
+    assert output.metrics["importance_weight"] == pytest.approx(sum(weights))
+    assert output.metrics["importance_corrected"] == corrected
+
+
 def test_approx_kl_is_an_unbiased_estimate_of_kl_old_new() -> None:
     """Its expectation under the old policy, over a vocabulary of 50, is KL(old || new)."""
     generator = torch.Generator().manual_seed(0)
@@ -241,6 +308,7 @@ def test_approx_kl_is_an_unbiased_estimate_of_kl_old_new() -> None:
         ({"aggregation": "seq_mean_token_mean"}, "cu_seqlens"),
         ({"aggregation": "seq_mean_token_mean"}, "sequence_lengths"),
         ({"kl_coef": 0.1}, "ref_logprobs"),
+        ({"importance_correction": "masked"}, "rollout_logprobs"),
         ({"entropy_coef": 0.1}, "entropy"),
         ({"nll_coef": 0.1}, "cu_seqlens"),
         ({"nll_coef": 0.1}, "correct"),

@@ -11,12 +11,22 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_gppo import metrics
-from megatron_gppo.algorithm import policy_loss
+from megatron_gppo.algorithm import InForce, policy_loss
 from megatron_gppo.config import LossConfig
 from megatron_gppo.datatypes import EntropyPoint, Group, Outcome, Prompt, Response, Rollout, UpdateStats, Verdict
 from megatron_gppo.metrics import TAGS, MetricsLogger, Phases
 from megatron_gppo.rollout.generate import COUNTS
-from megatron_gppo.scalars import EVENTS, rollout_scalars, sample_texts, step_histograms, step_scalars, update_scalars
+from megatron_gppo.scalars import (
+    EVENTS,
+    in_force_scalars,
+    rollout_scalars,
+    sample_texts,
+    step_histograms,
+    step_scalars,
+    update_scalars,
+)
+
+LOSS = LossConfig(beta1=0.5, beta2=1.0, clip_low=0.2, clip_high=0.2, importance_correction="truncated")
 
 
 def make_group(row: int, rewards: list[float], lengths: list[int], outcomes: list[Outcome] | None = None) -> Group:
@@ -54,7 +64,7 @@ def make_stats(*, ratios: list[float], lr: float = 1e-4, grad_norm: float = 1.0,
     """Of an update with one token a ratio, through the real loss."""
     logprobs = torch.log(torch.tensor(ratios)) - 1.0
     output = policy_loss(
-        LossConfig(beta1=0.5, beta2=1.0),
+        LOSS,
         logprobs=logprobs,
         old_logprobs=torch.full_like(logprobs, -1.0),
         advantages=torch.ones_like(logprobs),
@@ -150,6 +160,28 @@ def test_update_scalars_are_means_over_the_tokens_of_all_updates() -> None:
     assert scalars["engine/logprob_difference_bias"] == pytest.approx(0.25)
 
 
+def test_values_in_force() -> None:
+    loss = LossConfig(beta1=0.25, beta2=1.0, clip_low=0.1, clip_high=0.3, entropy_coef=0.01)
+    assert in_force_scalars([InForce(loss, lr=1e-6, entropy_target=0.4)] * 2) == {
+        "algorithm/beta1": 0.25,
+        "algorithm/beta2": 1.0,
+        "algorithm/clip_low": 0.1,
+        "algorithm/clip_high": 0.3,
+        "algorithm/entropy_coef": 0.01,
+        "algorithm/entropy_target": 0.4,
+    }
+    without_betas = in_force_scalars([InForce(LossConfig(objective="dapo"), lr=1e-6, entropy_target=None)])
+    assert set(without_betas) == {"algorithm/clip_low", "algorithm/clip_high", "algorithm/entropy_coef"}
+    assert in_force_scalars([]) == {}
+
+
+def test_importance_correction_is_averaged_over_tokens() -> None:
+    """The engine's log-probs in make_stats are from 0.5 nats below the old policy's to equal."""
+    scalars = update_scalars([make_stats(ratios=[1.0, 1.0]), make_stats(ratios=[1.0])])
+    assert scalars["engine/importance_weight"] == pytest.approx((2 * math.exp(0.5) + 1.0) / 3)
+    assert scalars["engine/importance_corrected"] == 0.0
+
+
 def test_first_update_deviation_is_that_of_the_first_update() -> None:
     drifted = update_scalars([make_stats(ratios=[1.0, 0.75]), make_stats(ratios=[3.0])])
     assert drifted["ratio/first_update_max_deviation"] == pytest.approx(0.25, rel=1e-6)
@@ -211,6 +243,7 @@ def test_what_is_logged_is_what_is_documented(tmp_path: Path) -> None:
     updates = [make_stats(ratios=[1.0, 1.5])]
     trace = [EntropyPoint(0.1, 1.0), EntropyPoint(0.2, 0.9), EntropyPoint(0.3, 0.7), EntropyPoint(0.1, 0.6)]
     scalars = step_scalars(rollout, updates, trace, phases.seconds)
+    scalars |= in_force_scalars([InForce(LOSS, lr=1e-6, entropy_target=0.4)])
     with make_logger(tmp_path) as logger:
         logger.log_step(1, scalars, sample_texts(rollout, 2), step_histograms(updates))
     tags = read_tensorboard(tmp_path).Tags()

@@ -107,6 +107,17 @@ def test_memory(dtype: str, distributed: bool, weight_bytes: int, optimizer_byte
     assert plan.memory.total == count * (weight_bytes + 4 + optimizer_bytes)
 
 
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("bf16", 2), ("fp32", 4)])
+def test_memory_of_a_reference_policy(dtype: str, bytes_each: int) -> None:
+    """A copy of the rank's weights, in host memory: it does not count where activations have to fit, too."""
+    config = make_config(model={"dtype": dtype}, algorithm={"kl_coef": 0.1})
+    plan, without = make_plan(config, TINY, world_size=2), make_plan(make_config(model={"dtype": dtype}), TINY, 2)
+    assert plan.memory.reference == plan.num_parameters_per_rank * bytes_each
+    assert plan.memory.total == without.memory.total
+    assert f"more on that rank, in host memory: the initial weights ({dtype})" in render(plan)
+    assert "reference" not in render(without)
+
+
 def test_rendered_plan_names_every_number() -> None:
     text = render(make_plan(make_config(parallel={"tp": 2, "pp": 2, "vpp": 2}), TINY, world_size=8))
     for expected in (
