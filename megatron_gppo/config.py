@@ -66,8 +66,8 @@ class ParallelConfig(Section):
     """Model chunks per pipeline rank (interleaved 1F1B). None is plain 1F1B."""
     cp: Literal[1] = 1
     """Context-parallel size; larger ones are not supported yet."""
-    ep: Literal[1] = 1
-    """Expert-parallel size; larger ones are not supported yet."""
+    ep: PositiveInt = 1
+    """Expert-parallel size, for models with experts. It takes no ranks of its own: a pipeline stage's ranks share out the experts."""
     sequence_parallel: bool = False
     """Shard the activations between tensor-parallel regions along the sequence; needs tp > 1."""
 

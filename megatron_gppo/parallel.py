@@ -29,6 +29,11 @@ class ParallelState:
     pp_group: dist.ProcessGroup | None
     dp_group: dist.ProcessGroup | None
     control_group: dist.ProcessGroup | None  # gloo, all ranks: Python objects and small CPU tensors
+    # A pipeline stage's ranks share out the experts: ep_size neighbours have one copy of them, the next neighbours another.
+    ep_rank: int = 0
+    ep_size: int = 1
+    expert_dp_rank: int = 0  # number of the copy
+    ep_group: dist.ProcessGroup | None = None
 
     @property
     def is_last_pp_stage(self) -> bool:

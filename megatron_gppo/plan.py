@@ -56,6 +56,16 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
         architecture.check_layout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep)
     except ConvertError as error:
         raise ConfigError(f"parallel: {error}") from error
+    if architecture.num_experts and layout.tp > 1 and not layout.sequence_parallel:
+        raise ConfigError(
+            f"parallel.tp = {layout.tp} with experts needs sequence parallelism. Fix: set parallel.sequence_parallel=true"
+        )
+    ranks_per_stage = world_size // layout.pp
+    if ranks_per_stage % layout.ep:
+        raise ConfigError(
+            f"parallel.ep = {layout.ep} does not divide the {ranks_per_stage} ranks of a pipeline stage, which share out the experts. "
+            f"Fix: change parallel.ep, or start e.g. {math.lcm(model_ranks, layout.ep * layout.pp)} ranks"
+        )
 
     dp = world_size // model_ranks
     responses = config.rollout.responses_per_prompt
@@ -81,7 +91,8 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
             f"= {longest} tokens, more than max_position_embeddings = {architecture.max_position_embeddings} of the model. Fix: lower either"
         )
 
-    per_rank = max(_parameters_of_stage(architecture, stage, config) for stage in range(layout.pp))
+    replicas = (dp, ranks_per_stage // layout.ep) if config.optimizer.distributed else (1, 1)
+    fullest = max((_parameters_of_stage(architecture, stage, config) for stage in range(layout.pp)), key=sum)
     return Plan(
         config=config,
         architecture=architecture,
@@ -92,8 +103,8 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
         longest_sample=longest,
         optimizer_steps=config.train.steps * config.updates_per_step,
         num_parameters=sum(math.prod(parameter.shape) for parameter in parameters(architecture)),
-        num_parameters_per_rank=per_rank,
-        memory=_memory(per_rank, dp, config),
+        num_parameters_per_rank=sum(fullest),
+        memory=_memory(fullest, replicas, config),
     )
 
 
@@ -105,8 +116,12 @@ def render(plan: Plan) -> str:
     optimizer = "fp32 master weights and two moments" if bf16 else "two fp32 moments"
     sharded = f", sharded over dp {plan.dp}" if config.optimizer.distributed and plan.dp > 1 else ""
     pipeline = f", {layout.vpp} chunks a pipeline rank" if layout.vpp and layout.vpp > 1 else ""
+    experts = f", experts shared out among {layout.ep}" if layout.ep > 1 else ""
     rows = [
-        ("ranks", f"{plan.world_size} = dp {plan.dp} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp}{pipeline}"),
+        (
+            "ranks",
+            f"{plan.world_size} = dp {plan.dp} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp}{pipeline}{experts}",
+        ),
         (
             "model",
             f"{plan.architecture.name}, {plan.num_parameters:,} parameters; at most {plan.num_parameters_per_rank:,} on a rank",
@@ -144,31 +159,36 @@ def render(plan: Plan) -> str:
     return "\n".join(f"{name:<13}{text}" for name, text in rows)
 
 
-def _parameters_of_stage(architecture: Architecture, stage: int, config: Config) -> int:
-    """Parameters on one rank of a pipeline stage. Interleaving changes which layers a stage has, not how many."""
+def _parameters_of_stage(architecture: Architecture, stage: int, config: Config) -> tuple[int, int]:
+    """Parameters on one rank of a pipeline stage, and of its experts. Interleaving changes which layers a stage has, not how many."""
     tp, pp = config.parallel.tp, config.parallel.pp
     layers_per_stage = architecture.num_layers // pp
-    count = 0
+    count = experts = 0
     for parameter in parameters(architecture):
         size = parameter.shard(torch.empty(parameter.shape, device="meta"), 0, tp).numel()
-        if parameter.name.startswith("decoder.layers."):
+        if parameter.expert is not None:
+            experts += size * (int(parameter.name.split(".")[2]) // layers_per_stage == stage)
+        elif parameter.name.startswith("decoder.layers."):
             count += size * (int(parameter.name.split(".")[2]) // layers_per_stage == stage)
         elif parameter.name.startswith("embedding."):
             copied = architecture.tied_embeddings and stage == pp - 1  # as the output layer
             count += size * (stage == 0 or copied)
         else:
             count += size * (stage == pp - 1)
-    return count
+    return count, experts // config.parallel.ep
 
 
-def _memory(num_parameters: int, dp: int, config: Config) -> Memory:
-    """Gradients are reduced in fp32. The optimizer holds Adam's two moments in fp32 and, for bf16 weights, fp32 masters."""
+def _memory(num_parameters: tuple[int, int], replicas: tuple[int, int], config: Config) -> Memory:
+    """Gradients are reduced in fp32. The optimizer holds Adam's two moments in fp32 and, for bf16 weights, fp32 masters.
+
+    Parameters, and the replicas that the optimizer's state is sharded over, are given apart for experts.
+    """
     bf16 = config.model.dtype == "bf16"
-    replicas = dp if config.optimizer.distributed else 1
-    weights = num_parameters * (2 if bf16 else 4)
+    sharded = sum(-(-count // copies) for count, copies in zip(num_parameters, replicas, strict=True))
+    weights = sum(num_parameters) * (2 if bf16 else 4)
     return Memory(
         weights=weights,
-        gradients=num_parameters * 4,
-        optimizer=-(-num_parameters // replicas) * (12 if bf16 else 8),
+        gradients=sum(num_parameters) * 4,
+        optimizer=sharded * (12 if bf16 else 8),
         reference=weights if config.algorithm.kl_coef > 0 else 0,
     )

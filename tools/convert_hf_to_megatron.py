@@ -3,36 +3,40 @@
 import argparse
 import sys
 
-from megatron_gppo.convert import ConvertError, convert_hf_to_megatron
+from megatron_gppo.convert import convert_hf_to_megatron, describe_hf_to_megatron
+from megatron_gppo.convert.command_line import DTYPES, add_common_arguments, positive_int, run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hf-path", required=True, help="folder with config.json, safetensors and tokenizer")
-    parser.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
-    parser.add_argument("--tp", type=_size, default=1, help="tensor-parallel size to check the model against")
-    parser.add_argument("--pp", type=_size, default=1, help="pipeline-parallel size to check the model against")
-    parser.add_argument("--ep", type=_size, default=1, help="expert-parallel size to check the model against")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output, when all is written")
-    args = parser.parse_args()
-    try:
-        convert_hf_to_megatron(
-            args.hf_path, args.output, tp=args.tp, pp=args.pp, ep=args.ep, overwrite=args.overwrite, progress=True
+    parser.add_argument(
+        "--hf-path", required=True, metavar="DIR", help="folder with config.json, safetensors and tokenizer"
+    )
+    add_common_arguments(parser)
+    for name, meaning in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        parser.add_argument(
+            f"--{name}",
+            type=positive_int,
+            default=1,
+            metavar="N",
+            help=f"check that the model admits this {meaning}-parallel size; the output loads at any",
         )
-    except ConvertError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: {args.output} is as it was; run the same command to start again", file=sys.stderr)
-        return 130
-    print(f"wrote {args.output}")
-    return 0
+    args = parser.parse_args()
+    common = {
+        "tp": args.tp,
+        "pp": args.pp,
+        "ep": args.ep,
+        "dtype": DTYPES.get(args.dtype),
+        "overwrite": args.overwrite,
+    }
 
+    def convert() -> str:
+        if args.dry_run:
+            return describe_hf_to_megatron(args.hf_path, args.output, **common)
+        converted = convert_hf_to_megatron(args.hf_path, args.output, **common, verify=args.verify, progress=True)
+        return f"wrote {args.output}: {converted}"
 
-def _size(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+    return run(convert, args.output)
 
 
 if __name__ == "__main__":

@@ -3,25 +3,43 @@
 import argparse
 import sys
 
-from megatron_gppo.convert import ConvertError, convert_megatron_to_hf
+from megatron_gppo.convert import convert_megatron_to_hf, describe_megatron_to_hf
+from megatron_gppo.convert.command_line import DTYPES, add_common_arguments, num_bytes, run
+
+EXPERTS = {"separate": False, "stacked": True}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="folder with metadata.json and hf/")
-    parser.add_argument("--output", required=True, help="folder to write; must not exist or be empty")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output, when all is written")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder with metadata.json and hf/")
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--max-shard-size", type=num_bytes, default="5GB", metavar="SIZE", help="largest file, as 500MB; default 5GB"
+    )
+    parser.add_argument(
+        "--experts", choices=EXPERTS, help="a tensor an expert, or one for all of a layer; default: as the source model"
+    )
     args = parser.parse_args()
-    try:
-        convert_megatron_to_hf(args.checkpoint, args.output, overwrite=args.overwrite, progress=True)
-    except ConvertError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: {args.output} is as it was; run the same command to start again", file=sys.stderr)
-        return 130
-    print(f"wrote {args.output}")
-    return 0
+    common = {
+        "dtype": DTYPES.get(args.dtype),
+        "stacked_experts": EXPERTS.get(args.experts),
+        "overwrite": args.overwrite,
+    }
+
+    def convert() -> str:
+        if args.dry_run:
+            return describe_megatron_to_hf(args.checkpoint, args.output, **common)
+        converted = convert_megatron_to_hf(
+            args.checkpoint,
+            args.output,
+            **common,
+            max_shard_bytes=args.max_shard_size,
+            verify=args.verify,
+            progress=True,
+        )
+        return f"wrote {args.output}: {converted}"
+
+    return run(convert, args.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from megatron_gppo.convert.errors import ConvertError
 
-SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -18,7 +18,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Architecture:
     """A Qwen decoder: pre-norm (RMSNorm), rotary positions, grouped-query attention, SwiGLU.
 
-    Qwen2ForCausalLM covers Qwen2, Qwen2.5 and DeepSeek-R1-Distill-Qwen.
+    Qwen2ForCausalLM covers Qwen2, Qwen2.5 and DeepSeek-R1-Distill-Qwen. Qwen3MoeForCausalLM has routed experts, and nothing
+    but these, in the place of every layer's MLP.
     """
 
     name: str
@@ -36,6 +37,10 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool  # RMSNorm of every query and key head
     dtype: torch.dtype  # as config.json names it; what the weights have is in their files
+    num_experts: int = 0  # of each layer; 0 for a dense model
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    normalized_routing: bool = False  # the weights of a token's experts sum to 1
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> "Architecture":
@@ -82,8 +87,9 @@ class Architecture:
             rms_norm_eps=float(config.fields.get("rms_norm_eps", 1e-6)),
             tied_embeddings=bool(config.fields.get("tie_word_embeddings", False)),
             qkv_bias=name == "Qwen2ForCausalLM",
-            qk_norm=name == "Qwen3ForCausalLM",
+            qk_norm=name != "Qwen2ForCausalLM",
             dtype=config.dtype(),
+            **(config.experts() if name == "Qwen3MoeForCausalLM" else {}),
         )
 
     def padded_vocab_size(self, tp: int) -> int:
@@ -103,8 +109,13 @@ class Architecture:
             raise ConvertError(
                 f"{size} {relation} num_hidden_layers = {self.num_layers} of {self.name}. Fix: make it one of {usable}"
             )
-        if ep != 1:
+        if ep != 1 and not self.num_experts:
             raise ConvertError(f"ep = {ep}, but {self.name} has no experts. Fix: set ep to 1")
+        if self.num_experts % ep:
+            usable = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+            raise ConvertError(
+                f"ep = {ep} does not divide num_experts = {self.num_experts} of {self.name}. Fix: set ep to one of {usable}"
+            )
 
     def _tp_obstacles(self, tp: int) -> list[str]:
         obstacles = []
@@ -112,7 +123,7 @@ class Architecture:
             obstacles.append(f"does not divide num_attention_heads = {self.num_attention_heads}")
         if self.num_kv_heads % tp and tp % self.num_kv_heads:
             obstacles.append(f"neither divides nor is a multiple of num_key_value_heads = {self.num_kv_heads}")
-        if self.ffn_hidden_size % tp:
+        if self.ffn_hidden_size % tp and not self.num_experts:  # experts are not cut
             obstacles.append(f"does not divide intermediate_size = {self.ffn_hidden_size}")
         # With fewer KV heads than ranks Megatron cuts the rows of linear_qkv evenly, through the middle of heads.
         if 2 * self.num_kv_heads * self.head_dim % tp:
@@ -158,6 +169,27 @@ class _HfConfig:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConvertError(f"{self.path}: {field} = {value!r} is not a positive integer")
         return value
+
+    def experts(self) -> dict[str, Any]:
+        """Architecture's fields of a mixture of experts."""
+        self.refuse("mlp_only_layers", [])
+        self.refuse("decoder_sparse_step", 1)
+        # transformers 5 writes num_local_experts.
+        num_experts = self.size("num_experts", self.fields.get("num_local_experts"))
+        per_token = self.size("num_experts_per_tok")
+        normalized = bool(self.fields.get("norm_topk_prob", False))
+        if per_token > num_experts:
+            raise ConvertError(f"{self.path}: num_experts_per_tok = {per_token} of num_experts = {num_experts}")
+        if per_token == 1 and normalized:
+            raise ConvertError(
+                f"{self.path}: norm_topk_prob = True with num_experts_per_tok = 1 gives the router no gradient, and is not supported"
+            )
+        return {
+            "num_experts": num_experts,
+            "experts_per_token": per_token,
+            "expert_ffn_hidden_size": self.size("moe_intermediate_size"),
+            "normalized_routing": normalized,
+        }
 
     def refuse(self, field: str, supported: Any) -> None:
         """Raises if the field is there with anything but null or the value that is supported."""

@@ -1,14 +1,12 @@
-"""HF model folders: safetensors, one file or shards with an index, and the files beside them.
+"""Reading HF model folders: safetensors, one file or shards with an index, and the files beside them.
 
-Tensors are read and written one at a time, by position: mapping the files instead would count them whole as resident memory.
-A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes.
+Tensors are read one at a time, by position: mapping the files instead would count them whole as resident memory.
 """
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,12 +16,14 @@ from torch import Tensor
 
 from megatron_gppo.convert.errors import ConvertError
 from megatron_gppo.convert.layout import Shape
+from megatron_gppo.convert.memory import memory_of, same_bits
+from megatron_gppo.convert.stacked_experts import unstack
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
+# Beside a converted model's config.json: what exporting must know and no HF file says.
+EXPORT_FILE = "export.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 
 
@@ -44,6 +44,8 @@ class StoredTensor:
 class HfCheckpoint:
     """The weights of an HF folder. Opening it reads every header and checks it against its file's size.
 
+    Experts have a tensor each, whether the folder stores them like that or stacked.
+
     Raises ConvertError, naming file and tensor, for files that are missing, truncated or not safetensors, tensors that
     the index places elsewhere, and a dtype other than float32 and bfloat16, or both in one model.
     """
@@ -51,15 +53,16 @@ class HfCheckpoint:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.tensors: dict[str, StoredTensor] = {}
+        self._stacked: set[str] = set()
         index = _read_index(self.folder)
         for file in sorted(set(index.values())) if index else [SINGLE_FILE]:
             for name, tensor in _read_header(self.folder / file).items():
                 if index and index.get(name) != file:
                     where = index.get(name, "nowhere")
                     raise ConvertError(f"{self.folder / file}: holds {name}, which {INDEX_FILE} places {where}")
-                self.tensors[name] = tensor
+                self._add(name, tensor)
         for name, file in index.items():
-            if name not in self.tensors:
+            if name not in self.tensors and name not in self._stacked:
                 raise ConvertError(f"{self.folder / file}: lacks {name}, which {INDEX_FILE} places there")
         if not self.tensors:
             raise ConvertError(f"{self.folder}: holds no tensors")
@@ -67,6 +70,10 @@ class HfCheckpoint:
         if len(dtypes) > 1:
             examples = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
             raise ConvertError(f"{self.folder}: weights of several dtypes ({examples}). Fix: save the model in one")
+
+    @property
+    def stacked_experts(self) -> bool:
+        return bool(self._stacked)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,10 +109,31 @@ class HfCheckpoint:
         """One tensor, in memory of its own."""
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        self.read_into(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Fills a contiguous tensor of the same shape and dtype. Raises ConvertError if the file has changed."""
+        stored = self.tensors[name]
+        assert (tuple(tensor.shape), tensor.dtype) == (stored.shape, stored.dtype)
         with stored.file.open("rb", buffering=0) as file:
             file.seek(stored.offset)
-            _read_into(file, _memory(tensor), stored.file)
-        return tensor
+            _read_into(file, memory_of(tensor), stored.file)
+
+    def _add(self, name: str, tensor: StoredTensor) -> None:
+        offset = tensor.offset
+        parts = unstack(name, tensor.shape)
+        for part, shape in parts:
+            if part in self.tensors:
+                raise ConvertError(f"{tensor.file}: {name} holds {part}, which {self.tensors[part].file} holds, too")
+            self.tensors[part] = StoredTensor(tensor.file, offset, tensor.dtype, shape)
+            offset += self.tensors[part].num_bytes
+        if parts:
+            self._stacked.add(name)
+        elif name in self.tensors:
+            raise ConvertError(f"{tensor.file}: holds {name}, which is there twice")
+        else:
+            self.tensors[name] = tensor
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -157,11 +185,6 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, in place. NumPy has no bfloat16, hence by way of uint8."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
 def _read_into(file: BinaryIO, buffer: memoryview, path: Path) -> None:
     filled = 0
     while filled < len(buffer):  # one read is at most 2 GiB
@@ -171,61 +194,6 @@ def _read_into(file: BinaryIO, buffer: memoryview, path: Path) -> None:
         filled += count
 
 
-def write_weights(
-    folder: Path,
-    shapes: Mapping[str, Shape],
-    dtype: torch.dtype,
-    tensors: Iterator[tuple[str, Tensor]],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Writes the tensors, which must come in the order of `shapes`, as they come.
-
-    One file where they fit in max_shard_bytes, else shards of at most that (or one tensor) with an index.
-    """
-    shards: list[dict[str, Shape]] = [{}]
-    filled = 0
-    for name, shape in shapes.items():
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and filled + num_bytes > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = shape
-        filled += num_bytes
-
-    if len(shards) == 1:
-        files = [SINGLE_FILE]
-    else:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        _write_file(folder / file, shard, dtype, tensors)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-        }
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_file(
-    path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]
-) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the tensors start aligned
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for expected_name, shape in shapes.items():
-            name, tensor = next(tensors)
-            assert (name, tuple(tensor.shape), tensor.dtype) == (expected_name, shape, dtype)
-            file.write(_memory(tensor.contiguous()))
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def copy_hf_assets(source: str | Path, destination: str | Path) -> None:
     """Copies everything but weights from one HF folder to another: config, generation config, tokenizer, chat template.
 
@@ -233,12 +201,30 @@ def copy_hf_assets(source: str | Path, destination: str | Path) -> None:
     """
     Path(destination).mkdir(parents=True, exist_ok=True)
     for path in sorted(Path(source).iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name != EXPORT_FILE:
             shutil.copyfile(path, Path(destination) / path.name)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equality that tells -0 from 0 and finds NaN equal to itself."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+def keep_hf_assets(hf_path: str | Path, destination: str | Path) -> None:
+    """copy_hf_assets, with a note of how `hf_path` stores experts, so that an export can do the same."""
+    copy_hf_assets(hf_path, destination)
+    if _names_stacked_experts(Path(hf_path)) or exports_stacked_experts(hf_path):
+        (Path(destination) / EXPORT_FILE).write_text(json.dumps({"stacked_experts": True}) + "\n", encoding="utf-8")
+
+
+def exports_stacked_experts(assets: str | Path) -> bool:
+    """What keep_hf_assets noted."""
+    path = Path(assets) / EXPORT_FILE
+    try:
+        return path.exists() and bool(json.loads(path.read_text(encoding="utf-8")).get("stacked_experts"))
+    except (ValueError, AttributeError) as error:
+        raise ConvertError(f"{path}: not valid. Fix: remove it to export a tensor an expert") from error
+
+
+def _names_stacked_experts(folder: Path) -> bool:
+    """False for a folder without weights, as that of an engine that runs elsewhere."""
+    if (folder / INDEX_FILE).exists():
+        return any(name.endswith(".mlp.experts.gate_up_proj") for name in _read_index(folder))
+    if (folder / SINGLE_FILE).exists():
+        return any(name.endswith(".mlp.experts.gate_up_proj") for name in _read_header(folder / SINGLE_FILE))
+    return False

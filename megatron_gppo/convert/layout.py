@@ -21,12 +21,15 @@ interleave, and joining them is not concatenation:
     gate_proj  g0 g1          full  g0 g1 u0 u1        TP rank 0  g0 u0
     up_proj    u0 u1                                   TP rank 1  g1 u1
 
+Experts. Ranks hold whole ones: expert parallelism deals them out, and tensor parallelism does not cut them.
+
 The vocabulary. Ranks hold equally many rows, so the last ones are padded with zeros; join cuts them off.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ class Layout:
     """The simplest way to merge and split: one HF tensor, as it is."""
 
     __slots__ = ()
+    rule: ClassVar[str] = "as it is"
 
     def full_shape(self, hf_shapes: Sequence[Shape]) -> Shape:
         (shape,) = hf_shapes
@@ -73,6 +77,7 @@ class Sharded(Layout):
     """One HF tensor, cut evenly along one axis."""
 
     axis: int
+    rule: ClassVar[str] = "as it is; TP cuts columns"
 
     def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         assert full.shape[self.axis] % tp_size == 0, "check_layout was not called"
@@ -86,6 +91,7 @@ class Sharded(Layout):
 class QKV(Sharded):
     """q_proj, k_proj and v_proj by query group; weights [rows, hidden] and biases [rows] alike."""
 
+    rule: ClassVar[str] = "q, k, v by query group; TP cuts rows"
     num_groups: int
     heads_per_group: int
     head_dim: int
@@ -104,6 +110,8 @@ class QKV(Sharded):
 @dataclass(frozen=True, slots=True)
 class GateUp(Layout):
     """gate_proj over up_proj."""
+
+    rule: ClassVar[str] = "gate over up; TP cuts both"
 
     def full_shape(self, hf_shapes: Sequence[Shape]) -> Shape:
         return (sum(shape[0] for shape in hf_shapes), *hf_shapes[0][1:])
@@ -125,9 +133,23 @@ class GateUp(Layout):
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicatedGateUp(GateUp):
+    """gate_proj over up_proj of an expert; every TP rank that has the expert holds all of it."""
+
+    rule: ClassVar[str] = "gate over up"
+
+    def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+        return full
+
+    def join(self, shards: Sequence[Tensor]) -> Tensor:
+        return shards[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Vocabulary(Sharded):
     """Rows by token id, padded at the end to equal shards."""
 
+    rule: ClassVar[str] = "as it is; TP cuts padded rows"
     vocab_size: int
 
     def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:

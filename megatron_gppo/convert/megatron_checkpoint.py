@@ -7,15 +7,18 @@
     __0_0.distcp ...  the chunks, each as torch.save writes it
     hf/               not Megatron's: the files of the HF folder beside its weights, so that exporting needs nothing else
 
-A converted checkpoint has one chunk a tensor. One saved by training has the chunks of its layout, a padded vocabulary and the
-optimizer's state beside the model. Both load into any layout.
+A converted checkpoint has one chunk a parameter: a tensor is one chunk, and a layer's experts, which share a tensor
+[experts, ...], are one each. A checkpoint saved by training has the chunks of its layout, a padded vocabulary and the optimizer's
+state beside the model. Both load into any layout.
 """
 
 import io
 import json
 import os
 import pickle
+from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +35,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_gppo.convert.architecture import Architecture
+from megatron_gppo.convert.durable_file import DurableFile
 from megatron_gppo.convert.errors import ConvertError
+from megatron_gppo.convert.hf_checkpoint import DTYPES
 from megatron_gppo.convert.layout import Shape, Vocabulary
 from megatron_gppo.convert.table import Parameter, parameters
 
@@ -44,6 +49,7 @@ FORMAT = {
     "common_backend_version": 1,
 }
 MAX_FILE_BYTES = 5 * 10**9
+DTYPE_LIST = ", ".join(map(str, DTYPES.values()))
 
 
 class MegatronCheckpoint:
@@ -55,6 +61,8 @@ class MegatronCheckpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._experts: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
+        self._lengths: dict[Path, int] = {}
         try:
             described = json.loads((self.folder / "metadata.json").read_text())
         except (OSError, ValueError) as error:
@@ -79,102 +87,163 @@ class MegatronCheckpoint:
             )
         return Architecture.from_hf(self.folder / HF_ASSETS)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self.metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
+    def dtype(self, architecture: Architecture) -> torch.dtype:
+        """Of all weights, which check() has found to be the same."""
+        stored = self.metadata.state_dict_metadata[parameters(architecture)[0].key]
+        return stored.properties.dtype  # type: ignore[union-attr]
 
     def check(self, architecture: Architecture) -> None:
-        """Raises ConvertError unless every parameter of the architecture is there, in its shape and all in one dtype."""
-        dtypes = set()
-        for parameter in parameters(architecture):
-            stored = self.metadata.state_dict_metadata.get(parameter.name)
-            if not isinstance(stored, TensorStorageMetadata):
-                raise ConvertError(f"{self.folder}: has no parameter {parameter.name}. Is it of another model?")
+        """Raises ConvertError unless exactly the parameters of the architecture are there, whole, in one dtype.
+
+        The files are looked at as far as their lengths. What is not of the model, as an optimizer's state, may be anything.
+        """
+        tensors = {
+            key: stored
+            for key, stored in self.metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+        by_key = {parameter.key: parameter for parameter in parameters(architecture)}
+        for key, parameter in by_key.items():
+            if key not in tensors:
+                raise ConvertError(f"{self.folder}: has no parameter {key}. Is it of another model?")
+            stored = tensors[key]
             if not _fits(parameter, tuple(stored.size)):
                 raise ConvertError(
-                    f"{self.folder}: {parameter.name} has shape {list(stored.size)}, but {architecture.name} as configured "
-                    f"has {list(parameter.shape)}. Is it of another model?"
+                    f"{self.folder}: {key} has shape {list(stored.size)}, but {architecture.name} as configured "
+                    f"has {list(parameter.stored_shape)}. Is it of another model?"
                 )
-            dtypes.add(stored.properties.dtype)
+            if sum(chunk.sizes.numel() for chunk in stored.chunks) < stored.size.numel():
+                raise ConvertError(f"{self.folder}: {key} is incomplete: some of its chunks are missing")
+            for chunk in stored.chunks:
+                self._check_length(key, chunk)
+        dtypes = {tensors[key].properties.dtype: key for key in by_key}
         if len(dtypes) > 1:
-            raise ConvertError(f"{self.folder}: weights of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+            examples = ", ".join(f"{key} is {dtype}" for dtype, key in dtypes.items())
+            raise ConvertError(f"{self.folder}: weights of several dtypes ({examples})")
+        if not dtypes.keys() <= set(DTYPES.values()):
+            raise ConvertError(f"{self.folder}: weights are {next(iter(dtypes))}; only {DTYPE_LIST} are supported")
         layers = f"decoder.layers.{architecture.num_layers}."
-        if any(name.startswith(layers) for name in self.metadata.state_dict_metadata):
+        if any(key.startswith(layers) for key in tensors):
             raise ConvertError(f"{self.folder}: has more than num_hidden_layers = {architecture.num_layers} layers")
+        for key in tensors.keys() - by_key.keys():
+            if key.startswith(("embedding.", "decoder.", "output_layer.")):
+                raise ConvertError(f"{self.folder}: {key} is no parameter of {architecture.name} as configured")
 
     def read(self, parameter: Parameter) -> Tensor:
         """The full tensor, without vocabulary padding. Raises ConvertError if a file is missing or damaged."""
-        stored = self.metadata.state_dict_metadata[parameter.name]
+        stored = self.metadata.state_dict_metadata[parameter.key]
         assert isinstance(stored, TensorStorageMetadata), "check was not called"
-        if len(stored.chunks) == 1:
-            full = self._read_chunk(parameter.name, stored.chunks[0])
+        if parameter.expert is None:
+            chunks, shape = stored.chunks, stored.size
         else:
-            full = torch.empty(stored.size, dtype=stored.properties.dtype)
-            for chunk in stored.chunks:
-                region = tuple(
-                    slice(offset, offset + size) for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
-                )
-                full[region] = self._read_chunk(parameter.name, chunk)
+            chunks, shape = self._chunks_by_expert(parameter.key)[parameter.expert], stored.size[1:]
+        if len(chunks) == 1:
+            return self._read_chunk(parameter, chunks[0])[: parameter.shape[0]]
+        full = torch.empty(shape, dtype=stored.properties.dtype)
+        for chunk in chunks:
+            place = list(zip(chunk.offsets, chunk.sizes, strict=True))[0 if parameter.expert is None else 1 :]
+            full[tuple(slice(offset, offset + size) for offset, size in place)] = self._read_chunk(parameter, chunk)
         return full[: parameter.shape[0]]
 
-    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        info = self.metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+    def _chunks_by_expert(self, key: str) -> dict[int, list[ChunkStorageMetadata]]:
+        if key not in self._experts:
+            stored = self.metadata.state_dict_metadata[key]
+            assert isinstance(stored, TensorStorageMetadata)
+            by_expert = defaultdict(list)
+            for chunk in stored.chunks:
+                for expert in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    by_expert[expert].append(chunk)
+            self._experts[key] = by_expert
+        return self._experts[key]
+
+    def _check_length(self, key: str, chunk: ChunkStorageMetadata) -> None:
+        info = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self.folder / info.relative_path
+        if path not in self._lengths:
+            self._lengths[path] = path.stat().st_size if path.is_file() else -1
+        if self._lengths[path] < info.offset + info.length:
+            raise ConvertError(f"{path}: {key} cannot be read; the file is missing or truncated")
+
+    def _read_chunk(self, parameter: Parameter, chunk: ChunkStorageMetadata) -> Tensor:
+        """The chunk, or the expert in it."""
+        info = self.metadata.storage_data[MetadataIndex(parameter.key, chunk.offsets)]
         path = self.folder / info.relative_path
         try:
             with path.open("rb") as file:
                 section = io.BufferedReader(_Section(file, info.offset, info.length))
                 tensor = torch.load(section, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConvertError(f"{path}: {name} cannot be read; the file is missing, truncated or damaged") from error
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise ConvertError(f"{path}: {parameter.key} cannot be read; the file is damaged") from error
         if tensor.shape != chunk.sizes:
-            raise ConvertError(f"{path}: {name} has a chunk of shape {list(tensor.shape)}, not {list(chunk.sizes)}")
-        return tensor
+            raise ConvertError(
+                f"{path}: {parameter.key} has a chunk of shape {list(tensor.shape)}, not {list(chunk.sizes)}"
+            )
+        return tensor if parameter.expert is None else tensor[parameter.expert - chunk.offsets[0]]
 
 
 def _fits(parameter: Parameter, shape: Shape) -> bool:
     if isinstance(parameter.layout, Vocabulary):  # saved as it was trained, padded to a multiple of TP
         return shape[1:] == parameter.shape[1:] and shape[0] >= parameter.shape[0]
-    return shape == parameter.shape
+    return shape == parameter.stored_shape
 
 
-def write_megatron_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes full tensors by canonical name to an empty folder, as they come, in files of MAX_FILE_BYTES and a tensor at most."""
+def write_megatron_checkpoint(folder: Path, tensors: Iterable[tuple[Parameter, Tensor]]) -> None:
+    """Writes full tensors to an empty folder, as they come, in files of MAX_FILE_BYTES and a tensor at most."""
     metadata = Metadata({}, planner_data={}, storage_data={}, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
-    num_files = 0
-    file: IO[bytes] | None = None
-    try:
-        for name, tensor in tensors:
+    with ExitStack() as open_files:
+        file: DurableFile | None = None
+        num_files = 0
+        for parameter, tensor in tensors:
             if file is None or file.tell() >= MAX_FILE_BYTES:
-                if file is not None:
-                    _sync_and_close(file)
-                path = folder / f"__0_{num_files}.distcp"
-                file = path.open("wb")
+                open_files.close()
+                file = open_files.enter_context(DurableFile(folder / f"__0_{num_files}.distcp"))
                 num_files += 1
-            start, origin = file.tell(), torch.Size([0] * tensor.dim())
-            # torch.save writes all of a view's storage
-            torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), file)
-            metadata.state_dict_metadata[name] = TensorStorageMetadata(
-                properties=TensorProperties(dtype=tensor.dtype),
-                size=tensor.shape,
-                chunks=[ChunkStorageMetadata(offsets=origin, sizes=tensor.shape)],
+            chunk = tensor if parameter.expert is None else tensor[None]
+            start, origin = file.tell(), torch.Size([parameter.expert or 0] + [0] * (chunk.dim() - 1))
+            _save_tensor(chunk.contiguous(), file)
+            stored = metadata.state_dict_metadata.setdefault(
+                parameter.key,
+                TensorStorageMetadata(TensorProperties(chunk.dtype), torch.Size(parameter.stored_shape), []),
             )
-            info = _StorageInfo(path.name, start, file.tell() - start)
-            metadata.storage_data[MetadataIndex(name, origin)] = info
-    finally:
-        if file is not None:
-            _sync_and_close(file)
-    with (folder / "common.pt").open("wb") as file:
-        torch.save({}, file)
-        _sync_and_close(file)
-    with (folder / ".metadata").open("wb") as file:
-        pickle.dump(metadata, file)
-        _sync_and_close(file)
-    (folder / "metadata.json").write_text(json.dumps(FORMAT))
+            assert isinstance(stored, TensorStorageMetadata)
+            stored.chunks.append(ChunkStorageMetadata(offsets=origin, sizes=chunk.shape))
+            info = _StorageInfo(file.path.name, start, file.tell() - start)
+            metadata.storage_data[MetadataIndex(parameter.key, origin)] = info
+    common = io.BytesIO()
+    torch.save({}, common)
+    files = {"common.pt": common.getvalue(), ".metadata": pickle.dumps(metadata)}
+    for name, content in {**files, "metadata.json": json.dumps(FORMAT).encode()}.items():
+        with DurableFile(folder / name) as small:
+            small.write(content)
 
 
-def _sync_and_close(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def _save_tensor(tensor: Tensor, file: DurableFile) -> None:
+    """torch.save, without a copy and without the checksum of the bytes, which torch.load does not look at."""
+    around = _AroundTensor()
+    with torch.serialization.skip_data():
+        # A tensor of its own, as torch.save writes all of a view's storage. Its memory is never touched.
+        torch.save(torch.empty_like(tensor), around)  # type: ignore[arg-type]
+    before, after = around.parts
+    file.write(bytes(before))
+    file.write(tensor)
+    file.write(bytes(after))
+
+
+class _AroundTensor:
+    """Takes what torch.save writes before and after a tensor's bytes. Under skip_data it only seeks beyond these."""
+
+    def __init__(self) -> None:
+        self.parts = [bytearray()]
+
+    def write(self, data: bytes) -> int:
+        self.parts[-1] += data
+        return len(data)
+
+    def seek(self, offset: int, whence: int) -> None:
+        assert whence == os.SEEK_CUR
+        self.parts.append(bytearray())
+
+    def flush(self) -> None: ...
 
 
 class _Section(io.RawIOBase):

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_gppo.algorithm import EntropyControl
-from megatron_gppo.convert import Architecture, copy_hf_assets
+from megatron_gppo.convert import Architecture, keep_hf_assets
 from megatron_gppo.datatypes import EntropyPoint
 from megatron_gppo.parallel import ParallelState, PeerFailed
 from megatron_gppo.policy.optimizer_checkpoint import allocate_state
@@ -38,7 +38,7 @@ METADATA = {  # pass copies: Megatron adds the current groups to what it is give
     "chained_optim_avoid_prefix": True,
 }
 MANIFEST = "manifest.json"
-EXTRA_STATE = "._extra_state"
+EXTRA_STATE = "._extra_state"  # grouped experts append a number
 
 
 class CheckpointError(ValueError):
@@ -66,7 +66,7 @@ def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> Non
         partial.mkdir(parents=True)
 
     def finish() -> None:
-        copy_hf_assets(hf_path, partial / "hf")
+        keep_hf_assets(hf_path, partial / "hf")
         manifest = {**asdict(progress), "layout": _layout(parallel)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
@@ -181,7 +181,7 @@ def _weights(policy: Policy) -> dict[str, Any]:
         f"model{i}": {
             name: value
             for name, value in model.sharded_state_dict(metadata=dict(METADATA)).items()
-            if not name.endswith(EXTRA_STATE)
+            if EXTRA_STATE not in name
         }
         for i, model in enumerate(policy.models)
     }
@@ -190,7 +190,7 @@ def _weights(policy: Policy) -> dict[str, Any]:
 def _set_weights(policy: Policy, loaded: dict[str, Any]) -> None:
     for i, model in enumerate(policy.models):
         missing, unexpected = model.load_state_dict(loaded[f"model{i}"], strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        missing = [name for name in missing if EXTRA_STATE not in name]
         if missing or unexpected:
             raise ValueError(f"missing {missing}, unexpected {unexpected}")
 
@@ -204,7 +204,12 @@ def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layout(parallel: ParallelState) -> dict[str, int]:
-    return {"world_size": parallel.world_size, "tp": parallel.tp_size, "pp": parallel.pp_size}
+    return {
+        "world_size": parallel.world_size,
+        "tp": parallel.tp_size,
+        "pp": parallel.pp_size,
+        "ep": parallel.ep_size,
+    }
 
 
 def _rng_object(parallel: ParallelState, state: dict[str, Any] | None) -> ShardedObject:

@@ -25,6 +25,7 @@ def install() -> bool:
     _installed = True
     _redirect_torch()
     _redirect_random_states()
+    _mend_experts()
     return True
 
 
@@ -86,3 +87,15 @@ def _redirect_random_states() -> None:
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _mend_experts() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # megatron-core 0.16 reads this name in the router even where TransformerEngine, which defines it, is missing.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    # all_to_all_single wants plain numbers, and Megatron converts only what lives on a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )

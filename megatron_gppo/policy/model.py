@@ -100,9 +100,24 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=USE_TRANSFORMER_ENGINE,
+        **(_expert_settings(architecture, config) if architecture.num_experts else {}),
         **{name: value for name, value in by_version.items() if name in known},
         **recompute,
     )
+
+
+def _expert_settings(architecture: Architecture, config: Config) -> dict[str, Any]:
+    """Qwen3-MoE's routing: softmax, top k, no shared experts; no auxiliary loss, which would not be the objective's."""
+    return {
+        "num_moe_experts": architecture.num_experts,
+        "moe_ffn_hidden_size": architecture.expert_ffn_hidden_size,
+        "moe_router_topk": architecture.experts_per_token,
+        "moe_router_pre_softmax": not architecture.normalized_routing,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": USE_TRANSFORMER_ENGINE,
+        "expert_model_parallel_size": config.parallel.ep,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def build_chunks(architecture: Architecture, config: Config, parallel: ParallelState) -> list[PolicyModel]:
@@ -125,8 +140,20 @@ def build_chunks(architecture: Architecture, config: Config, parallel: ParallelS
             rotary_base=architecture.rope_theta,
             vp_stage=vp_stage if vpp else None,
         )
+        _reduce_experts_over_their_copies(chunk)
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
+
+
+def _reduce_experts_over_their_copies(chunk: PolicyModel) -> None:
+    """Makes Megatron sum an expert's gradient over all ranks that hold it, its tensor-parallel neighbours included.
+
+    Megatron asks for that only if ep > 1, and else sums over data-parallel ranks. But tensor-parallel ranks hold whole
+    experts here (expert_tensor_parallel_size 1) and, under sequence parallelism, give each of them other tokens.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def _vpp(config: Config) -> int | None:
@@ -135,10 +162,19 @@ def _vpp(config: Config) -> int | None:
 
 def _layer_spec(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> Any:
     if USE_TRANSFORMER_ENGINE:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # It would name the norm before experts as if it were fused into a linear, which TransformerEngine does not do.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

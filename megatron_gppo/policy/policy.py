@@ -115,8 +115,9 @@ class Policy:
         """This rank's parameters by canonical name. The last stage's copy of a tied embedding has the embedding's."""
         for model in self.models:
             offset = model.decoder.layers[0].layer_number - 1
+            expert_offset = self.architecture.num_experts // self.parallel.ep_size * self.parallel.ep_rank
             for live_name, parameter in model.named_parameters():
-                yield canonical_name(self.architecture, live_name, offset), parameter
+                yield canonical_name(self.architecture, live_name, offset, expert_offset), parameter
 
     def shards(self) -> dict[str, torch.Tensor]:
         """What this rank contributes to an export, by canonical name: its parameters without copies of other stages'."""

@@ -54,6 +54,10 @@ def initialize_model_parallel(config: Config) -> ParallelState:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=layout.ep,
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
         control_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting)),
     )
 

@@ -4,11 +4,15 @@
       -> TP rank 0  one gather a bucket; shards joined and split into HF tensors by convert's table
       -> rank 0     the finished bucket, sent by the pipeline stage that owns it
 
+Experts are whole on their ranks, so the one that owns a bucket's experts splits them by itself and sends the finished
+bucket to its stage's TP rank 0.
+
 Invariants
-- Buckets come in the order of convert's table, cut only between parameters and between pipeline stages, and each HF tensor
-  of the model is in exactly one of them. The embedding that tied models copy to their last stage is taken from the first.
+- Buckets come in the order of convert's table, cut only between parameters, and wherever their owner changes: pipeline
+  stage, expert-parallel rank. Each HF tensor of the model is in exactly one of them. The embedding that tied models copy to
+  their last stage is taken from the first.
 - A bucket holds at most `bucket_bytes`, unless it is a single parameter that is larger.
-- Only data-parallel replica 0 takes part; the other replicas return at once.
+- Only data-parallel replica 0 and copy 0 of the experts take part; other ranks return at once.
 - A rank holds a bucket's shards, their joined form and the bucket at a time, never the model.
 """
 
@@ -68,6 +72,8 @@ class Exporter:
         bucket_bytes: int,
     ) -> None:
         assert (parallel.rank == 0) == (parallel.tp_rank == parallel.pp_rank == parallel.dp_rank == 0)
+        if parallel.tp_rank == parallel.dp_rank == 0:
+            assert parallel.ep_rank == parallel.expert_dp_rank == 0
         self._parallel = parallel
         self._dtype = dtype
         self._plan = _plan(parameters, _owners(parameters, shards, parallel), dtype, bucket_bytes)
@@ -85,14 +91,38 @@ class Exporter:
 
         Every rank must exhaust the iterator: the peers of a rank that stops early wait for it.
         """
-        if self._parallel.dp_rank != 0:
-            return
+        parallel = self._parallel
+        device = next(iter(shards.values())).device
+        is_stage_root = parallel.tp_rank == 0 and parallel.dp_rank == 0
         for part in self._plan:
-            bucket = self._join(part, shards) if part.stage == self._parallel.pp_rank else None
-            if part.stage != 0 and self._parallel.tp_rank == 0:
-                bucket = self._send_to_first_stage(part, bucket, device=next(iter(shards.values())).device)
-            if bucket is not None and self._parallel.rank == 0:
+            bucket = None
+            if part.owner.stage == parallel.pp_rank:
+                if part.owner.ep_rank is not None:
+                    bucket = self._experts(part, shards, is_stage_root, device)
+                elif parallel.dp_rank == 0:
+                    bucket = self._join(part, shards)
+            if part.owner.stage != 0 and is_stage_root:
+                bucket = self._send_to_first_stage(part, bucket, device)
+            if bucket is not None and parallel.rank == 0:
                 yield bucket
+
+    def _experts(
+        self, part: "_Part", shards: Mapping[str, Tensor], is_stage_root: bool, device: torch.device
+    ) -> Bucket | None:
+        """The bucket on the stage's root, None on its other ranks."""
+        parallel = self._parallel
+        if parallel.expert_dp_rank != 0:
+            return None
+        bucket = None
+        if parallel.ep_rank == part.owner.ep_rank:
+            whole = [hf for parameter in part.parameters for hf in parameter.to_hf(shards[parameter.name].detach())]
+            bucket = Bucket.flatten(whole, self._dtype)
+        if part.owner.ep_rank == 0:
+            return bucket
+        if bucket is not None:
+            dist.send(bucket.data, group=parallel.ep_group, group_dst=0)
+            return None
+        return self._receive(part, parallel.ep_group, part.owner.ep_rank, device) if is_stage_root else None
 
     def _join(self, part: "_Part", shards: Mapping[str, Tensor]) -> Bucket | None:
         """The bucket on TP rank 0 of the owning stage, None on its other TP ranks."""
@@ -122,18 +152,29 @@ class Exporter:
         if bucket is not None:
             dist.send(bucket.data, group=group, group_dst=0)
             return None
-        if self._parallel.pp_rank != 0:
-            return None
+        return self._receive(part, group, part.owner.stage, device) if self._parallel.pp_rank == 0 else None
+
+    def _receive(
+        self, part: "_Part", group: dist.ProcessGroup | None, group_src: int | None, device: torch.device
+    ) -> Bucket:
         data = torch.empty(part.num_bytes, dtype=torch.uint8, device=device)
-        dist.recv(data, group=group, group_src=part.stage)
+        dist.recv(data, group=group, group_src=group_src)
         return Bucket(part.names, part.shapes, self._dtype, data)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Owner:
+    """Where a parameter is."""
+
+    stage: int
+    ep_rank: int | None  # None: cut over the TP ranks of the stage, which is all but experts
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     """What one bucket will hold."""
 
-    stage: int  # pipeline stage that owns all of its parameters
+    owner: _Owner  # of all of its parameters
     parameters: list[Parameter]
     num_bytes: int
 
@@ -147,33 +188,40 @@ class _Part:
 
 
 def _plan(
-    parameters: Sequence[Parameter], owners: Mapping[str, int], dtype: torch.dtype, bucket_bytes: int
+    parameters: Sequence[Parameter], owners: Mapping[str, _Owner], dtype: torch.dtype, bucket_bytes: int
 ) -> list[_Part]:
     plan: list[_Part] = []
     for parameter in parameters:
-        stage = owners[parameter.name]
+        owner = owners[parameter.name]
         num_bytes = dtype.itemsize * sum(torch.Size(shape).numel() for shape in parameter.hf_shapes)
-        if plan and plan[-1].stage == stage and plan[-1].num_bytes + num_bytes <= bucket_bytes:
+        if plan and plan[-1].owner == owner and plan[-1].num_bytes + num_bytes <= bucket_bytes:
             last = plan.pop()
-            plan.append(_Part(stage, [*last.parameters, parameter], last.num_bytes + num_bytes))
+            plan.append(_Part(owner, [*last.parameters, parameter], last.num_bytes + num_bytes))
         else:
-            plan.append(_Part(stage, [parameter], num_bytes))
+            plan.append(_Part(owner, [parameter], num_bytes))
     return plan
 
 
-def _owners(parameters: Sequence[Parameter], shards: Mapping[str, Tensor], parallel: ParallelState) -> dict[str, int]:
-    """The pipeline stage of each parameter by name; the first one that has it. Collective over all ranks."""
-    mine = None
-    if parallel.dp_rank == 0:
-        mine = (parallel.pp_rank, list(shards), _mistakes(parameters, shards, parallel))
-    holders = [holder for holder in parallel.gather(mine) if holder is not None]
+def _owners(
+    parameters: Sequence[Parameter], shards: Mapping[str, Tensor], parallel: ParallelState
+) -> dict[str, _Owner]:
+    """Where each parameter is by name; the first stage that has it. Collective over all ranks."""
+    experts = {parameter.name for parameter in parameters if parameter.expert is not None}
+    mine: list[tuple[str, int, int | None]] = []
+    for name in shards:
+        if name in experts and parallel.expert_dp_rank == 0:
+            mine.append((name, parallel.pp_rank, parallel.ep_rank))
+        elif name not in experts and parallel.dp_rank == 0:
+            mine.append((name, parallel.pp_rank, None))
+    found = parallel.gather((mine, _mistakes(parameters, shards, parallel)))
 
-    owners: dict[str, int] = {}
+    owners: dict[str, _Owner] = {}
     mistakes: list[str] = []
-    for stage, names, found in sorted(holders):
-        mistakes += found
-        for name in names:
-            owners.setdefault(name, stage)
+    for held, wrong in found:
+        mistakes += wrong
+        for name, stage, ep_rank in held:
+            owner = _Owner(stage, ep_rank)
+            owners[name] = min(owners.get(name, owner), owner)
     mistakes += [f"{parameter.name} is on no rank" for parameter in parameters if parameter.name not in owners]
     if mistakes:
         raise ValueError(f"the policy does not fit the table of its architecture: {'; '.join(mistakes)}")

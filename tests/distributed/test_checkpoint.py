@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from megatron_gppo.algorithm import EntropyControl, values_in_force
-from megatron_gppo.convert import convert_hf_to_megatron
+from megatron_gppo.convert import (
+    Architecture,
+    HfCheckpoint,
+    convert_hf_to_megatron,
+    convert_megatron_to_hf,
+    parameters,
+)
 from megatron_gppo.parallel import PeerFailed
 from megatron_gppo.policy import CheckpointError, Policy, Progress, checkpoint
 from tests.support.distributed import run_ranks
@@ -75,7 +81,24 @@ def load_and_step(rank: int, hf_folder: Path, folder: Path, layouts: list[str], 
 def test_the_next_step_is_the_one_that_would_have_followed(
     hf_folder: Path, tmp_path: Path, saved_as: str, distributed: bool
 ) -> None:
-    others = ["tp2", "pp2_vpp2"] if saved_as == "dp2" else []
+    check_resumes(hf_folder, tmp_path, saved_as, ["tp2", "pp2_vpp2"] if saved_as == "dp2" else [], distributed)
+
+
+def test_experts_resume_and_export_what_was_trained(tmp_path: Path) -> None:
+    hf_folder = make_tiny_model(tmp_path / "model", "Qwen3MoeForCausalLM", stacked_experts=True)
+    trained = check_resumes(hf_folder, tmp_path, "ep2", ["tp2_sp", "pp2"], distributed=True)
+    convert_megatron_to_hf(tmp_path / checkpoint.folder_name(1), tmp_path / "exported", verify=True)
+    exported = HfCheckpoint(tmp_path / "exported")
+    assert exported.stacked_experts
+    for parameter in parameters(Architecture.from_hf(hf_folder)):
+        full = parameter.from_hf({name: exported.read(name) for name in parameter.hf_names})
+        assert torch.equal(full, trained[parameter.name]), parameter.name
+
+
+def check_resumes(
+    hf_folder: Path, tmp_path: Path, saved_as: str, others: list[str], distributed: bool
+) -> dict[str, torch.Tensor]:
+    """Returns the full weights that were saved, by canonical name, if no rank of `saved_as` has a part of a tensor."""
     before = run_ranks(2, two_steps, hf_folder, tmp_path, saved_as, distributed)
     after = run_ranks(2, load_and_step, hf_folder, tmp_path, [saved_as, *others], distributed)
     for rank in range(2):
@@ -86,7 +109,8 @@ def test_the_next_step_is_the_one_that_would_have_followed(
         for rank in range(2):
             _, resumed, tp_rank = after[rank][layout]
             for name, shard in resumed.items():
-                assert_part_of(before[0][1][name], shard, tp_rank, name)
+                assert_part_of((before[0][1] | before[1][1])[name], shard, tp_rank, name)
+    return before[0][0] | before[1][0]
 
 
 def assert_part_of(full: torch.Tensor, shard: torch.Tensor, tp_rank: int, name: str) -> None:

@@ -12,20 +12,32 @@ from safetensors.torch import load_file
 from megatron_gppo.config import parse_config
 from megatron_gppo.convert import (
     Architecture,
+    HfCheckpoint,
     canonical_name,
     convert_hf_to_megatron,
     convert_megatron_to_hf,
-    copy_hf_assets,
+    keep_hf_assets,
     parameters,
 )
+from megatron_gppo.convert.memory import same_bits
 from megatron_gppo.parallel import ParallelState
+from megatron_gppo.weight_sync.export import Exporter
 from tests.support.distributed import run_ranks
 from tests.support.tiny import make_tiny_model
 
-LAYOUTS: dict[int, list[dict[str, int]]] = {  # by number of ranks, which take turns: starting them is what takes time
+LAYOUTS: dict[int, list[dict[str, Any]]] = {  # by number of ranks, which take turns: starting them is what takes time
     1: [{"tp": 1}],
     2: [{"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}],
     4: [{"tp": 4}, {"tp": 2, "pp": 2}],  # tp 4: more ranks than KV heads
+}
+EXPERT_LAYOUTS: dict[int, list[dict[str, Any]]] = {  # experts with tensor parallelism ask for sequence parallelism
+    1: [{}],
+    2: [{"ep": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}],
+    4: [
+        {"tp": 4, "sequence_parallel": True, "ep": 2},
+        {"tp": 2, "pp": 2, "sequence_parallel": True},
+        {"tp": 2, "pp": 2, "sequence_parallel": True, "ep": 2},
+    ],
 }
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "Qwen2ForCausalLM"},
@@ -33,15 +45,24 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"architecture": "Qwen3ForCausalLM"},
     "qwen3_tied": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True},
 }
+EXPERT_MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"architecture": "Qwen3MoeForCausalLM"},
+    "qwen3_moe_not_normalized": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        "stacked_experts": True,
+    },
+}
 INPUT_IDS = torch.arange(24) * 7 % 65  # [T]
-METADATA = {"non_homogeneous_layers": True}
+METADATA = {"non_homogeneous_layers": True}  # pass copies: Megatron adds the current groups
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with, for each of MODELS, NAME/hf and NAME/megatron."""
     folder = tmp_path_factory.mktemp("models")
-    for name, model in MODELS.items():
+    for name, model in (MODELS | EXPERT_MODELS).items():
         make_tiny_model(folder / name / "hf", **model)
         convert_hf_to_megatron(folder / name / "hf", folder / name / "megatron")
     return folder
@@ -49,9 +70,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_a_live_model_gives_hf_logits_and_returns_every_byte(models: Path, world_size: int, tmp_path: Path) -> None:
-    by_rank = run_ranks(world_size, run_layouts, models, tmp_path)
-    for i, layout in enumerate(LAYOUTS[world_size]):
-        for name in MODELS:
+    check(models, tmp_path, world_size, list(MODELS), LAYOUTS[world_size])
+
+
+@pytest.mark.parametrize("world_size", EXPERT_LAYOUTS)
+def test_live_experts_give_hf_logits_and_return_every_byte(models: Path, world_size: int, tmp_path: Path) -> None:
+    check(models, tmp_path, world_size, list(EXPERT_MODELS), EXPERT_LAYOUTS[world_size])
+
+
+def check(models: Path, tmp_path: Path, world_size: int, names: list[str], layouts: list[dict[str, Any]]) -> None:
+    by_rank = run_ranks(world_size, run_layouts, models, tmp_path, names, layouts)
+    for i, layout in enumerate(layouts):
+        for name in names:
             case = f"{name} at {layout}"
             original = load_file(models / name / "hf" / "model.safetensors")
             results = [result[i][name] for result in by_rank]
@@ -60,36 +90,38 @@ def test_a_live_model_gives_hf_logits_and_returns_every_byte(models: Path, world
             with torch.no_grad():
                 expected = reference(INPUT_IDS[None]).logits[0]
             logits = [result["logits"] for result in results if result["logits"] is not None]
-            assert len(logits) == layout.get("tp", 1), case  # every rank of the last stage
+            assert len(logits) == world_size // layout.get("pp", 1), case  # every rank of the last stage
             for ours in logits:
                 assert (ours - expected).abs().max() < 5e-6, case
-
-            exported = [item for result in results for item in result["exported"]]
-            assert len(dict(exported)) == len(exported), case
-            assert_same(dict(exported), original, case)
 
             hf_path = tmp_path / str(i) / f"{name}_hf"
             convert_megatron_to_hf(tmp_path / str(i) / name, hf_path)
             assert_same(load_file(hf_path / "model.safetensors"), original, case)
+            separate = HfCheckpoint(hf_path)
+            assert_same(results[0]["exported"], {name: separate.read(name) for name in separate.tensors}, case)
 
 
 def assert_same(ours: dict[str, torch.Tensor], original: dict[str, torch.Tensor], case: str) -> None:
     assert ours.keys() == original.keys(), case
-    assert [name for name in original if not torch.equal(ours[name], original[name])] == [], case
+    assert [name for name in original if not same_bits(ours[name], original[name])] == [], case
 
 
-def run_layouts(rank: int, models: Path, output: Path) -> list[dict[str, dict[str, Any]]]:
+def run_layouts(
+    rank: int, models: Path, output: Path, names: list[str], layouts: list[dict[str, Any]]
+) -> list[dict[str, dict[str, Any]]]:
     """For each layout and model: logits, exported tensors."""
     from megatron.core import parallel_state
 
     results = []
-    for i, layout in enumerate(LAYOUTS[dist.get_world_size()]):
-        results.append(load_run_save(rank, models, output / str(i), layout))
+    for i, layout in enumerate(layouts):
+        results.append(load_run_save(rank, models, output / str(i), names, layout))
         parallel_state.destroy_model_parallel()
     return results
 
 
-def load_run_save(rank: int, models: Path, output: Path, layout: dict[str, int]) -> dict[str, dict[str, Any]]:
+def load_run_save(
+    rank: int, models: Path, output: Path, names: list[str], layout: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     from megatron.core import dist_checkpointing
 
     from megatron_gppo.policy.model import build_chunks
@@ -106,7 +138,7 @@ def load_run_save(rank: int, models: Path, output: Path, layout: dict[str, int])
     )
     parallel = initialize_model_parallel(config)
     results = {}
-    for name in MODELS:
+    for name in names:
         architecture = Architecture.from_hf(models / name / "hf")
         chunks = build_chunks(architecture, config, parallel)
         for chunk in chunks:
@@ -115,11 +147,12 @@ def load_run_save(rank: int, models: Path, output: Path, layout: dict[str, int])
         loaded = dist_checkpointing.load(sharded_state(chunks), str(models / name / "megatron"))
         for i, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[f"model{i}"])
+            chunk.eval()
 
         if rank == 0:
-            copy_hf_assets(models / name / "hf", output / name / "hf")
+            keep_hf_assets(models / name / "hf", output / name / "hf")
         dist.barrier()
-        dist_checkpointing.save(sharded_state(chunks), str(output / name), content_metadata=METADATA)
+        dist_checkpointing.save(sharded_state(chunks), str(output / name), content_metadata=dict(METADATA))
         results[name] = {
             "logits": run(chunks, architecture, parallel),
             "exported": export(chunks, architecture, parallel),
@@ -129,7 +162,7 @@ def load_run_save(rank: int, models: Path, output: Path, layout: dict[str, int])
 
 def sharded_state(chunks: list[Any]) -> dict[str, Any]:
     """Without the _extra_state of FP8 layers, which a converted checkpoint cannot have."""
-    states = [chunk.sharded_state_dict(metadata=METADATA) for chunk in chunks]
+    states = [chunk.sharded_state_dict(metadata=dict(METADATA)) for chunk in chunks]
     return {
         f"model{i}": {name: tensor for name, tensor in state.items() if not name.endswith("_extra_state")}
         for i, state in enumerate(states)
@@ -142,11 +175,12 @@ def run(chunks: list[Any], architecture: Architecture, parallel: ParallelState) 
     from megatron.core.packed_seq_params import PackedSeqParams
 
     length = len(INPUT_IDS)
+    cut = parallel.tp_size if chunks[0].config.sequence_parallel else 1
     bounds = torch.tensor([0, length], dtype=torch.int32)
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=length, max_seqlen_kv=length
     )
-    hidden = torch.empty(length, 1, architecture.hidden_size)
+    hidden = torch.empty(length // cut, 1, architecture.hidden_size)
     for chunk in chunks:
         for stage in range(parallel.pp_size):
             if stage == parallel.pp_rank:
@@ -160,24 +194,22 @@ def run(chunks: list[Any], architecture: Architecture, parallel: ParallelState) 
             dist.broadcast(hidden, group=parallel.pp_group, group_src=stage)
     if not parallel.is_last_pp_stage:
         return None
+    hidden = torch.cat(gather(hidden, parallel)[:cut] if cut > 1 else [hidden])
     own = hidden.squeeze(1) @ chunks[-1].head_weight.T  # [T, V/TP]
     return torch.cat(gather(own, parallel), dim=1)[:, : architecture.vocab_size]
 
 
-def export(chunks: list[Any], architecture: Architecture, parallel: ParallelState) -> list[tuple[str, torch.Tensor]]:
-    """The HF tensors of this stage, on TP rank 0."""
-    table = {parameter.name: parameter for parameter in parameters(architecture)}
-    exported = []
+def export(chunks: list[Any], architecture: Architecture, parallel: ParallelState) -> dict[str, torch.Tensor]:
+    """The HF tensors that weight sync would send to the engines, on rank 0."""
+    shards = {}
+    expert_offset = architecture.num_experts // parallel.ep_size * parallel.ep_rank
     for chunk in chunks:
         offset = chunk.decoder.layers[0].layer_number - 1
         for live_name, tensor in chunk.named_parameters():
-            if getattr(tensor, "shared", False):  # the last stage's copy of a tied embedding
-                continue
-            parameter = table[canonical_name(architecture, live_name, offset)]
-            full = parameter.join(gather(tensor.detach(), parallel))
-            if parallel.tp_rank == 0:
-                exported += [(name, hf.clone()) for name, hf in parameter.to_hf(full)]
-    return exported
+            if not getattr(tensor, "shared", False):  # the last stage's copy of a tied embedding
+                shards[canonical_name(architecture, live_name, offset, expert_offset)] = tensor.detach()
+    exporter = Exporter(parameters(architecture), shards, parallel, torch.float32, bucket_bytes=100_000)
+    return {name: tensor.clone() for bucket in exporter.export(shards) for name, tensor in bucket.tensors().items()}
 
 
 def gather(tensor: torch.Tensor, parallel: ParallelState) -> list[torch.Tensor]:

@@ -48,6 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen2": make_tiny_model(root / "qwen2"),
         "qwen2 tied": make_tiny_model(root / "qwen2-tied", tie_word_embeddings=True),
         "qwen3 tied": make_tiny_model(root / "qwen3-tied", "Qwen3ForCausalLM", tie_word_embeddings=True),
+        "experts": make_tiny_model(root / "experts", "Qwen3MoeForCausalLM"),
     }
 
 
@@ -77,6 +78,10 @@ def test_two_ranks_export_the_hf_tensors(folders: dict[str, Path]) -> None:
             Case(folders["qwen2 tied"], {"pp": 2}),
             Case(folders["qwen3 tied"], {"pp": 2}, interleaved=True),
             Case(folders["qwen2"], {"dp": 2}),
+            Case(folders["experts"], {"dp": 2}),
+            Case(folders["experts"], {"dp": 2, "ep": 2}),
+            Case(folders["experts"], {"tp": 2, "ep": 2}),
+            Case(folders["experts"], {"tp": 2}, dtype=torch.bfloat16),
         ],
     )
 
@@ -90,6 +95,10 @@ def test_four_ranks_export_the_hf_tensors(folders: dict[str, Path]) -> None:
             Case(folders["qwen3 tied"], {"pp": 2, "dp": 2}),
             Case(folders["qwen2"], {"tp": 2, "dp": 2}),
             Case(folders["qwen2"], {"tp": 4}),  # more ranks than KV heads
+            Case(folders["experts"], {"tp": 2, "pp": 2, "ep": 2}),
+            Case(folders["experts"], {"pp": 2, "dp": 2, "ep": 2}, interleaved=True),
+            Case(folders["experts"], {"tp": 2, "dp": 2, "ep": 4}),
+            Case(folders["experts"], {"dp": 4, "ep": 2}),
         ],
     )
 

@@ -79,7 +79,23 @@ def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ],
 )
 def test_every_layout_equals_hf(hf_folders: list[Path], world_size: int, layouts: list[str]) -> None:
-    ranks = run_ranks(world_size, differentiate, hf_folders, layouts, [128, 96, 512])
+    check_layouts(hf_folders, world_size, layouts, [128, 96, 512])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [
+        (1, ["single"]),
+        (2, ["ep2", "tp2_sp_ep2", "tp2_sp", "pp2_vpp2"]),
+        (4, ["tp2_sp_ep4", "tp2_pp2_sp", "pp2_ep2", "dp4_ep2"]),
+    ],
+)
+def test_every_layout_of_experts_equals_hf(tmp_path: Path, world_size: int, layouts: list[str]) -> None:
+    check_layouts([make_tiny_model(tmp_path, "Qwen3MoeForCausalLM")], world_size, layouts, [128])
+
+
+def check_layouts(hf_folders: list[Path], world_size: int, layouts: list[str], budgets: list[int]) -> None:
+    ranks = run_ranks(world_size, differentiate, hf_folders, layouts, budgets)
     for hf_folder in hf_folders:
         architecture = Architecture.from_hf(hf_folder)
         reference = Reference(make_config(hf_folder))

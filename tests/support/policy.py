@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from megatron_gppo.algorithm import loss_denominator, policy_loss
 from megatron_gppo.config import Config, parse_config
 from megatron_gppo.convert import Architecture, HfCheckpoint, parameters
-from megatron_gppo.datatypes import Sample, ScoredBatch, UpdateBatch
+from megatron_gppo.convert.stacked_experts import unstack
+from megatron_gppo.datatypes import MicroBatch, Sample, ScoredBatch, UpdateBatch
 from megatron_gppo.packing import pack_updates
 from megatron_gppo.policy import Policy, initialize_model_parallel
 
@@ -28,6 +29,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_dp2": {"tp": 2},
     "pp2_dp2": {"pp": 2},
     "dp4": {},
+    "ep2": {"ep": 2},  # over data-parallel ranks
+    "tp2_sp_ep2": {"tp": 2, "sequence_parallel": True, "ep": 2},  # over tensor-parallel ranks
+    "tp2_sp_ep4": {"tp": 2, "sequence_parallel": True, "ep": 4},  # over both
+    "tp2_pp2_sp": {"tp": 2, "pp": 2, "sequence_parallel": True},
+    "pp2_ep2": {"pp": 2, "ep": 2},
+    "dp4_ep2": {"ep": 2},
 }
 
 
@@ -175,7 +182,7 @@ def hf_gradients(
     gradients = {}
     for parameter in parameters(architecture):
         shards = dict(rank[parameter.name] for rank in by_rank if parameter.name in rank)
-        full = parameter.join([shards[tp_rank] for tp_rank in range(len(shards))])
+        full = parameter.join([shards[tp_rank] for tp_rank in sorted(shards)])
         gradients.update(parameter.to_hf(full))
     return gradients
 
@@ -239,4 +246,13 @@ class Reference:
                 num_correct_tokens=update.num_correct_tokens,
             )
             output.loss.backward()
-        return {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        gradients: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            assert parameter.grad is not None
+            experts = unstack(name, tuple(parameter.shape))
+            parts = parameter.grad.flatten().split(
+                [torch.Size(shape).numel() for _, shape in experts] or parameter.numel()
+            )
+            named = experts or [(name, tuple(parameter.shape))]
+            gradients |= {part: flat.view(shape) for (part, shape), flat in zip(named, parts, strict=True)}
+        return gradients

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_gppo.convert import Architecture, parameters
+from megatron_gppo.convert import Architecture, Parameter, parameters
 from megatron_gppo.convert.table import EMBEDDING, OUTPUT_LAYER
 from megatron_gppo.parallel import ParallelState
 
@@ -20,13 +20,17 @@ def hf_tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def make_parallel_state(rank: int, *, tp: int = 1, pp: int = 1, dp: int = 1) -> ParallelState:
-    """Groups over the default group's ranks: TP neighbours are next to each other, then DP, then PP. Collective."""
+def make_parallel_state(rank: int, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1) -> ParallelState:
+    """Groups over the default group's ranks: TP neighbours are next to each other, then DP, then PP. Collective.
+
+    EP neighbours are next to each other, too, over TP and DP ranks.
+    """
     grid = torch.arange(tp * dp * pp).view(pp, dp, tp)
     rows = {
         "tp": grid.flatten(0, 1),
         "dp": grid.transpose(1, 2).flatten(0, 1),
         "pp": grid.permute(1, 2, 0).flatten(0, 1),
+        "ep": grid.view(-1, ep),
     }
     groups = {name: dist.new_subgroups_by_enumeration(ranks.tolist())[0] for name, ranks in rows.items()}
     pp_rank, dp_rank, tp_rank = (int(index) for index in (grid == rank).nonzero()[0])
@@ -43,6 +47,10 @@ def make_parallel_state(rank: int, *, tp: int = 1, pp: int = 1, dp: int = 1) -> 
         pp_group=groups["pp"],
         dp_group=groups["dp"],
         control_group=dist.group.WORLD,
+        ep_rank=rank % ep,
+        ep_size=ep,
+        expert_dp_rank=rank % (tp * dp) // ep,
+        ep_group=groups["ep"],
     )
 
 
@@ -61,8 +69,12 @@ def cut(
     return {
         parameter.name: parameter.shard(parameter.from_hf(hf), parallel.tp_rank, parallel.tp_size).clone()
         for parameter in parameters(architecture)
-        if parallel.pp_rank in stages[_stage_key(parameter.name)]
+        if parallel.pp_rank in stages[_stage_key(parameter.name)] and _has_expert(parameter, parallel)
     }
+
+
+def _has_expert(parameter: Parameter, parallel: ParallelState) -> bool:
+    return parameter.expert is None or parameter.expert * parallel.ep_size // parameter.num_experts == parallel.ep_rank
 
 
 def _stage_key(name: str) -> str:

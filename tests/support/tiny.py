@@ -47,10 +47,12 @@ def make_tiny_model(
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_size: int | str = "5GB",
+    stacked_experts: bool = False,
     **config_overrides: Any,
 ) -> Path:
     """Write a random model of 4 layers, hidden 64, 4 heads and 2 KV heads to `folder`, which is returned.
 
+    A mixture has 4 experts a layer, 2 a token, each in tensors of its own unless `stacked_experts`.
     `config_overrides` replace fields of the HF config (`tie_word_embeddings=True`, `vocab_size=101`, ...). All weights,
     biases and norms included, are random, so that a tensor put in the wrong place or left out changes the logits.
     """
@@ -70,6 +72,8 @@ def make_tiny_model(
     }
     if architecture != "Qwen2ForCausalLM":
         fields["head_dim"] = 24  # heads x head_dim differs from hidden, as in several Qwen3 models
+    if architecture == "Qwen3MoeForCausalLM":
+        fields |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
     config = transformers.AutoConfig.for_model(model_type[architecture], **(fields | config_overrides))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +86,6 @@ def make_tiny_model(
     model.generation_config.pad_token_id = fields["pad_token_id"]
 
     folder = Path(folder)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not stacked_experts)
     make_tiny_tokenizer().save_pretrained(folder)
     return folder

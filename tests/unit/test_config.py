@@ -157,7 +157,7 @@ def test_schedules_in_yaml(tmp_path: Path) -> None:
         ({"algorithm.objective": "grpo"}, ["algorithm.objective = 'grpo'", "'ppo_clip'"]),
         ({"rollout.mode": "remote"}, ["rollout.mode = 'remote'"]),
         ({"parallel.cp": 2}, ["parallel.cp = 2"]),
-        ({"parallel.ep": 2}, ["parallel.ep = 2"]),
+        ({"parallel.ep": 0}, ["parallel.ep = 0"]),
         # impossible combinations
         ({"parallel.sequence_parallel": True}, ["sequence_parallel = true needs tp > 1"]),
         ({"parallel.vpp": 2}, ["vpp = 2 needs pp > 1"]),

@@ -2,10 +2,8 @@
 
 import json
 import logging
-import resource
+import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gppo.convert import (
@@ -25,12 +22,12 @@ from megatron_gppo.convert import (
     parameters,
 )
 from megatron_gppo.convert import megatron_checkpoint as megatron_files
-from megatron_gppo.convert.hf_checkpoint import INDEX_FILE, HfCheckpoint, write_weights
+from megatron_gppo.convert.hf_checkpoint import INDEX_FILE, HfCheckpoint
+from megatron_gppo.convert.hf_weights import write_weights
 from megatron_gppo.convert.output_folder import output_folder
+from tests.support.conversion import assert_refused, damage_truncate, edit_config, edit_weights, make, weights
 from tests.support.tiny import make_tiny_model
 
-TOOLS = Path(__file__).parents[2] / "tools"
-SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 20}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "Qwen2ForCausalLM"},
     "qwen2_tied_bf16": {"architecture": "Qwen2ForCausalLM", "tie_word_embeddings": True, "dtype": torch.bfloat16},
@@ -45,15 +42,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_tied_bf16": {"architecture": "Qwen3ForCausalLM", "tie_word_embeddings": True, "dtype": torch.bfloat16},
     "qwen3_one_head_each": {"architecture": "Qwen3ForCausalLM", "num_attention_heads": 3, "num_key_value_heads": 3},
     "qwen3_shards": {"architecture": "Qwen3ForCausalLM", "max_shard_size": "10KB"},
+    "qwen3_moe": {"architecture": "Qwen3MoeForCausalLM"},
+    "qwen3_moe_stacked": {"architecture": "Qwen3MoeForCausalLM", "stacked_experts": True, "dtype": torch.bfloat16},
+    "qwen3_moe_stacked_shards": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "stacked_experts": True,
+        "max_shard_size": "10KB",
+        "num_experts": 5,
+        "moe_intermediate_size": 7,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
 }
-
-
-def make(folder: Path, **model: Any) -> Path:
-    return make_tiny_model(folder, **{**SMALL, **model})
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.fixture
@@ -65,28 +65,6 @@ def hf(tmp_path: Path) -> Path:
 def megatron(hf: Path, tmp_path: Path) -> Path:
     convert_hf_to_megatron(hf, tmp_path / "megatron")
     return tmp_path / "megatron"
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Sets fields of config.json; None removes one."""
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def assert_refused(action: Callable[[], object], message: str, output: Path) -> None:
-    """The action raises one line that matches, and nothing is left where it would have written."""
-    before = sorted(output.parent.rglob("*"))
-    with pytest.raises(ConvertError, match=message) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    assert sorted(output.parent.rglob("*")) == before
 
 
 # Round trip
@@ -132,7 +110,7 @@ def test_infinities_nan_and_negative_zero_survive_with_a_warning(
 def test_weights_are_cut_into_indexed_shards(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((i + 1,), float(i)) for i in range(5)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    write_weights(tmp_path, shapes, torch.float32, iter(tensors.items()), max_shard_bytes=16)
+    write_weights(tmp_path, shapes, torch.float32, iter(tensors.values()), max_shard_bytes=16)
     index = json.loads((tmp_path / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == 4 * sum(range(1, 6))
     assert [int(file[6:11]) for file in index["weight_map"].values()] == [1, 1, 2, 3, 4]  # 4+8, 12, 16, and 20 alone
@@ -225,6 +203,32 @@ def test_a_config_that_cannot_be_used(hf: Path, tmp_path: Path, changes: dict[st
     assert_refused(lambda: convert_hf_to_megatron(hf, output), f"config.json: .*{message}", output.parent)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported; only \[\] is"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 of num_experts = 4"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob = True with num_experts_per_tok = 1"),
+        ({"num_local_experts": None}, "num_experts is missing"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+    ],
+)
+def test_a_mixture_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    hf = make(tmp_path / "hf", architecture="Qwen3MoeForCausalLM")
+    edit_config(hf, **changes)
+    with pytest.raises(ConvertError, match=f"config.json: .*{message}"):
+        Architecture.from_hf(hf)
+
+
+def test_a_mixture_comes_from_config_json(tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", architecture="Qwen3MoeForCausalLM", norm_topk_prob=False)
+    edit_config(hf, num_local_experts=None, num_experts=4)  # as transformers 4 wrote it
+    found = Architecture.from_hf(hf)
+    assert (found.num_experts, found.experts_per_token, found.expert_ffn_hidden_size) == (4, 2, 40)
+    assert not found.normalized_routing
+
+
 @pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("{", "not valid JSON"), ("[]", "holds a list")])
 def test_a_config_that_cannot_be_read(hf: Path, tmp_path: Path, text: str | None, message: str) -> None:
     (hf / "config.json").unlink()
@@ -257,16 +261,42 @@ def test_weights_that_are_not_the_models(
     assert_refused(lambda: convert_hf_to_megatron(hf, output), message, output.parent)
 
 
+STACKED = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(STACKED), r"tensor model.layers.0.mlp.experts.0.gate_proj.weight is missing"),
+        (
+            lambda t: t.update({STACKED: t[STACKED][:3]}),
+            r"tensor model.layers.0.mlp.experts.3.gate_proj.weight is missing",
+        ),
+        (
+            lambda t: t.update({STACKED: t[STACKED][:, :-1]}),
+            "tensor model.layers.0.mlp.experts.0.gate_proj.weight is missing",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(40, 16)}),
+            "holds model.layers.0.mlp.experts.0.up_proj.weight, which .* holds, too",
+        ),
+    ],
+)
+def test_stacked_experts_that_are_not_the_models(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    hf = make(tmp_path / "hf", architecture="Qwen3MoeForCausalLM", stacked_experts=True)
+    edit_weights(hf, lambda tensors: (change(tensors), tensors.update({k: v.contiguous() for k, v in tensors.items()})))
+    output = tmp_path / "out" / "megatron"
+    assert_refused(lambda: convert_hf_to_megatron(hf, output), message, output.parent)
+
+
 def test_a_tied_model_with_another_lm_head(tmp_path: Path) -> None:
     hf = make(tmp_path / "hf", tie_word_embeddings=True)
     edit_weights(hf, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     output = tmp_path / "out" / "megatron"
     message = "lm_head.weight differs from the embedding, but config.json says tie_word_embeddings = true"
     assert_refused(lambda: convert_hf_to_megatron(hf, output), message, output.parent)
-
-
-def damage_truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
 
 
 @pytest.mark.parametrize(
@@ -345,11 +375,61 @@ def test_a_damaged_checkpoint_is_named(
     assert_refused(lambda: convert_megatron_to_hf(megatron, output), message, output)
 
 
-def test_the_checkpoint_holds_every_parameter_in_its_shape(megatron: Path, hf: Path) -> None:
-    checkpoint = MegatronCheckpoint(megatron)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_the_checkpoint_holds_every_parameter_in_its_shape(name: str, tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", **MODELS[name])
+    convert_hf_to_megatron(hf, tmp_path / "megatron")
+    checkpoint = MegatronCheckpoint(tmp_path / "megatron")
     table = parameters(Architecture.from_hf(hf))
-    assert checkpoint.metadata.state_dict_metadata.keys() == {parameter.name for parameter in table}
+    assert checkpoint.metadata.state_dict_metadata.keys() == {parameter.key for parameter in table}
     assert all(tuple(checkpoint.read(parameter).shape) == parameter.shape for parameter in table)
+
+
+def edit_metadata(folder: Path, change: Callable[[Any], object]) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata.state_dict_metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+EXPERTS_KEY = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda stored: stored[EXPERTS_KEY].chunks.pop(),
+            f"{EXPERTS_KEY} is incomplete: some of its chunks are missing",
+        ),
+        (lambda stored: stored.pop(EXPERTS_KEY), f"has no parameter {EXPERTS_KEY}"),
+        (
+            lambda stored: stored.update({"decoder.layers.1.mlp.extra.weight": stored[EXPERTS_KEY]}),
+            "decoder.layers.1.mlp.extra.weight is no parameter of Qwen3MoeForCausalLM as configured",
+        ),
+        (
+            lambda stored: setattr(stored[EXPERTS_KEY].properties, "dtype", torch.bfloat16),
+            f"weights of several dtypes .*{EXPERTS_KEY} is torch.bfloat16",
+        ),
+    ],
+)
+def test_a_checkpoint_whose_parameters_are_not_the_models(
+    tmp_path: Path, change: Callable[[Any], object], message: str
+) -> None:
+    hf = make(tmp_path / "hf", architecture="Qwen3MoeForCausalLM")
+    convert_hf_to_megatron(hf, tmp_path / "megatron")
+    edit_metadata(tmp_path / "megatron", change)
+    output = tmp_path / "out" / "hf"
+    output.parent.mkdir()
+    assert_refused(lambda: convert_megatron_to_hf(tmp_path / "megatron", output), message, output)
+
+
+def test_unpickling_a_chunk_that_is_no_tensor_is_an_error(megatron: Path, tmp_path: Path) -> None:
+    path = megatron / "__0_0.distcp"
+    path.write_bytes(b"x" * path.stat().st_size)
+    output = tmp_path / "out" / "hf"
+    output.parent.mkdir()
+    message = "__0_0.distcp: .* cannot be read; the file is damaged"
+    assert_refused(lambda: convert_megatron_to_hf(megatron, output), message, output)
 
 
 # Output folders
@@ -413,57 +493,3 @@ def test_an_interrupted_run_leaves_the_output_as_it_was(
     with pytest.raises(error):
         run()
     assert [path.name for path in output.parent.rglob("*")] == (["megatron", "precious"] if overwrite else [])
-
-
-# The tools
-
-
-def run_tool(name: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, TOOLS / name, *map(str, args)], capture_output=True, text=True, timeout=300, **options
-    )
-
-
-def test_the_tools_convert_both_ways(hf: Path, tmp_path: Path) -> None:
-    there = run_tool("convert_hf_to_megatron.py", "--hf-path", hf, "--output", tmp_path / "m", "--tp", 2, "--pp", 2)
-    assert there.returncode == 0, there.stderr
-    back = run_tool("convert_megatron_to_hf.py", "--checkpoint", tmp_path / "m", "--output", tmp_path / "back")
-    assert back.returncode == 0, back.stderr
-    assert "100%" in back.stderr
-    assert all(torch.equal(tensor, weights(hf)[name]) for name, tensor in weights(tmp_path / "back").items())
-
-
-def test_the_tools_answer_a_mistake_with_one_line_and_code_2(hf: Path, tmp_path: Path) -> None:
-    result = run_tool("convert_hf_to_megatron.py", "--hf-path", hf, "--output", tmp_path / "m", "--tp", 3)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: tp = 3 does not divide num_attention_heads = 4 of Qwen2ForCausalLM. Fix:")
-    assert len(result.stderr.splitlines()) == 1
-    result = run_tool("convert_megatron_to_hf.py", "--checkpoint", tmp_path / "none", "--output", tmp_path / "back")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("tool", "source_flag", "source"),
-    [
-        ("convert_hf_to_megatron.py", "--hf-path", "hf"),
-        ("convert_megatron_to_hf.py", "--checkpoint", "megatron"),
-    ],
-)
-def test_a_write_that_fails_half_way_leaves_nothing(
-    megatron: Path, tmp_path: Path, tool: str, source_flag: str, source: str
-) -> None:
-    """A limit on the size of files makes write() fail as a full disk does."""
-    output = tmp_path / "out" / "converted"
-    result = run_tool(
-        tool,
-        source_flag,
-        tmp_path / source,
-        "--output",
-        output,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
-    )
-    assert result.returncode == 2, result.stderr
-    assert "File too large" in result.stderr.splitlines()[-1]
-    assert list(output.parent.iterdir()) == []

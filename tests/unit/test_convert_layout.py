@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gppo.convert import Architecture, ConvertError, canonical_name, parameters
+from megatron_gppo.convert import Architecture, ConvertError, Parameter, canonical_name, parameters
 from megatron_gppo.convert.layout import QKV, GateUp, Vocabulary
+from megatron_gppo.convert.stacked_experts import stack, unstack
 
 ARCHITECTURE = Architecture(
     name="Qwen2ForCausalLM",
@@ -29,13 +30,30 @@ ARCHITECTURE = Architecture(
 )
 
 
+EXPERTS = replace(
+    ARCHITECTURE,
+    name="Qwen3MoeForCausalLM",
+    qkv_bias=False,
+    qk_norm=True,
+    tied_embeddings=False,
+    num_experts=6,
+    experts_per_token=2,
+    expert_ffn_hidden_size=5,
+)
+
+
 @st.composite
 def architectures(draw: st.DrawFn) -> Architecture:
     kv_heads = draw(st.integers(1, 3))
-    qwen2 = draw(st.booleans())
+    name = draw(st.sampled_from(["Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]))
+    qwen2 = name == "Qwen2ForCausalLM"
+    num_experts = draw(st.integers(1, 5)) if name == "Qwen3MoeForCausalLM" else 0
     return replace(
         ARCHITECTURE,
-        name="Qwen2ForCausalLM" if qwen2 else "Qwen3ForCausalLM",
+        name=name,
+        num_experts=num_experts,
+        experts_per_token=min(num_experts, 2),
+        expert_ffn_hidden_size=draw(st.integers(1, 4)) if num_experts else 0,
         num_layers=draw(st.integers(1, 3)),
         hidden_size=draw(st.integers(1, 5)),
         ffn_hidden_size=draw(st.integers(1, 12)),
@@ -89,6 +107,29 @@ def test_names_are_unique_and_canonical_ones_map_to_themselves(architecture: Arc
     assert [canonical_name(architecture, parameter.name) for parameter in table] == [p.name for p in table]
 
 
+@settings(deadline=None)
+@given(architectures())
+def test_stacking_experts_moves_no_byte(architecture: Architecture) -> None:
+    separate = [
+        (name, shape) for p in parameters(architecture) for name, shape in zip(p.hf_names, p.hf_shapes, strict=True)
+    ]
+    back = [part for name, shape in stack(dict(separate)).items() for part in unstack(name, shape) or [(name, shape)]]
+    assert back == separate  # names in the order of their bytes, hence the bytes
+    assert (len(stack(dict(separate))) < len(separate)) == (architecture.num_experts > 0)
+
+
+@settings(deadline=None)
+@given(architectures())
+def test_the_experts_of_a_layer_share_a_key_and_tile_it(architecture: Architecture) -> None:
+    by_key: dict[str, list[Parameter]] = {}
+    for parameter in parameters(architecture):
+        by_key.setdefault(parameter.key, []).append(parameter)
+    for key, members in by_key.items():
+        experts = [member.expert for member in members]
+        assert experts == (list(range(architecture.num_experts)) if "experts" in key else [None])
+        assert {member.stored_shape for member in members} == {members[0].stored_shape}
+
+
 def test_qkv_rows_follow_the_query_groups() -> None:
     layout = QKV(axis=0, num_groups=2, heads_per_group=2, head_dim=1)
     q, k, v = torch.tensor([0, 1, 2, 3]), torch.tensor([10, 11]), torch.tensor([20, 21])
@@ -121,6 +162,26 @@ def test_live_names_become_canonical(live: str, offset: int, canonical: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("live", "canonical"),
+    [
+        ("mlp.experts.local_experts.1.linear_fc1.weight", "mlp.experts.experts.4.linear_fc1.weight"),
+        ("mlp.experts.linear_fc2.weight2", "mlp.experts.experts.5.linear_fc2.weight"),  # TransformerEngine's
+        ("mlp.router.weight", "mlp.router.weight"),
+        ("pre_mlp_layernorm.weight", "pre_mlp_layernorm.weight"),
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    ],
+)
+def test_live_names_of_experts_become_canonical(live: str, canonical: str) -> None:
+    name = canonical_name(EXPERTS, f"module.decoder.layers.1.{live}", layer_offset=2, expert_offset=3)
+    assert name == f"decoder.layers.3.{canonical}"
+
+
+def test_an_expert_beyond_the_last_is_no_parameter() -> None:
+    with pytest.raises(ConvertError, match="expert offset 4"):
+        canonical_name(EXPERTS, "decoder.layers.0.mlp.experts.linear_fc2.weight2", 0, 4)
+
+
+@pytest.mark.parametrize(
     ("live", "offset"),
     [
         ("decoder.layers.2.mlp.linear_fc2.weight", 4),
@@ -149,3 +210,9 @@ def test_an_unknown_live_name_raises(live: str, offset: int) -> None:
 def test_impossible_layouts_name_the_field_and_the_fix(layout: dict[str, int], message: str) -> None:
     with pytest.raises(ConvertError, match=message):
         ARCHITECTURE.check_layout(**layout)
+
+
+def test_experts_are_dealt_out_whole() -> None:
+    EXPERTS.check_layout(tp=4, ep=3)
+    with pytest.raises(ConvertError, match=r"ep = 4 does not divide num_experts = 6 .* one of \[1, 2, 3, 6\]"):
+        EXPERTS.check_layout(ep=4)

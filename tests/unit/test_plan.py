@@ -1,5 +1,6 @@
 """The plan of a run against hand-computed numbers, and the layouts and batches that it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_last_stage_of_a_tied_model_holds_a_copy_of_the_embedding(tmp_path: Path
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"])
 def test_total_is_that_of_the_hf_files(tmp_path: Path, architecture: str, tied: bool) -> None:
     folder = make_tiny_model(tmp_path, architecture, tie_word_embeddings=tied)
     in_files = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
@@ -168,6 +169,42 @@ def test_rendered_plan_names_every_number() -> None:
 def test_what_cannot_work(sections: dict[str, dict[str, Any]], world_size: int, named: list[str]) -> None:
     with pytest.raises(ConfigError, match="Fix: ") as error:
         make_plan(make_config(**sections), TINY, world_size)
+    for part in named:
+        assert part in str(error.value)
+
+
+# 6 experts of 5, in the place of the MLP.
+EXPERTS = replace(
+    TINY, num_experts=6, experts_per_token=2, expert_ffn_hidden_size=5, qkv_bias=False, name="Qwen3MoeForCausalLM"
+)
+EXPERT = 3 * 5 * 8
+ROUTER = 6 * 8
+
+
+def test_experts_are_shared_out_and_their_optimizer_state_over_their_copies() -> None:
+    config = make_config(parallel={"tp": 2, "ep": 3, "sequence_parallel": True})
+    plan = make_plan(config, EXPERTS, world_size=12)
+    matrices = MATRICES - 3 * 12 * 8
+    dense = 2 * 6 * 8 + 4 * (matrices // 2 + NORMS + ROUTER) + FINAL_NORM
+    experts = 4 * 2 * EXPERT
+    assert plan.num_parameters_per_rank == dense + experts
+    assert plan.num_parameters == 2 * VOCABULARY + 4 * (matrices + NORMS + ROUTER + 6 * EXPERT) + FINAL_NORM
+    # tp 2 leaves 6 replicas of the rest; 12 ranks in threes hold 4 copies of the experts.
+    assert plan.memory.optimizer == 12 * (-(-dense // 6) + experts // 4)
+    assert "experts shared out among 3" in render(plan)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "named"),
+    [
+        ({"ep": 4}, 4, ["ep = 4 does not divide num_experts = 6"]),
+        ({"ep": 3}, 4, ["parallel.ep = 3 does not divide the 4 ranks of a pipeline stage", "start e.g. 3 ranks"]),
+        ({"tp": 2}, 2, ["parallel.tp = 2 with experts", "parallel.sequence_parallel=true"]),
+    ],
+)
+def test_layouts_that_experts_do_not_admit(parallel: dict[str, int], world_size: int, named: list[str]) -> None:
+    with pytest.raises(ConfigError, match="Fix: ") as error:
+        make_plan(make_config(parallel=parallel), EXPERTS, world_size)
     for part in named:
         assert part in str(error.value)
 
