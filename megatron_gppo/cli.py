@@ -1,10 +1,11 @@
-"""The megatron-gppo command: ``megatron-gppo train`` and ``megatron-gppo eval``."""
+"""The megatron-gppo command: ``train``, ``eval``, ``eval compare`` and ``data preview``."""
 
 import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.distributed import run as torchrun
@@ -29,17 +30,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--nproc-per-node", type=int, metavar="N", help="ranks; default: the GPUs, or tp * pp without any"
     )
     evaluate = commands.add_parser(
-        "eval", help="evaluate a model on data.eval", description="Prints avg@k on data.eval."
+        "eval",
+        help="evaluate a model on eval.benchmarks and data.eval",
+        description="Prints avg@k, pass@k and maj@k, and keeps every response in run.dir/eval. 'megatron-gppo eval compare "
+        "A B' compares the reports in two such folders.",
     )
-    for command in (train, evaluate):
+    evaluate.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a Megatron checkpoint to evaluate instead of model.hf_path"
+    )
+    preview = (
+        commands.add_parser("data", help="look at the data: data preview")
+        .add_subparsers(dest="action", required=True)
+        .add_parser(
+            "preview",
+            help="show what training and evaluation see of the data",
+            description="Prints the first rows as the model gets them, lengths, and what is dropped and why.",
+        )
+    )
+    preview.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (%(default)s)")
+    for command in (train, evaluate, preview):
         command.add_argument("--config", required=True, metavar="FILE", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the file")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
-    options = parser.parse_args(arguments)
-
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if list(arguments[:2]) == ["eval", "compare"]:
+            return _compare(arguments[2:])
+        options = parser.parse_args(arguments)
         if options.command == "train":
             return _train(options)
+        if options.command == "data":
+            return _preview(options)
         return _evaluate(options)
     except REPORTED as error:
         print(f"error: {error}", file=sys.stderr)
@@ -71,9 +92,29 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from megatron_gppo.evaluate import run_evaluation
+    from megatron_gppo.evaluate.command import run_evaluation
 
-    run_evaluation(load_config(options.config, options.overrides))
+    run_evaluation(load_config(options.config, options.overrides), options.checkpoint)
+    return 0
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from megatron_gppo.evaluate.command import run_comparison
+
+    parser = argparse.ArgumentParser(
+        prog="megatron-gppo eval compare", description="Says whether the second model differs from the first."
+    )
+    parser.add_argument("first", type=Path, help="an evaluation's folder, or its report.json")
+    parser.add_argument("second", type=Path, help="another one, on the same problems")
+    options = parser.parse_args(arguments)
+    run_comparison(options.first, options.second)
+    return 0
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from megatron_gppo.preview import preview
+
+    preview(load_config(options.config, options.overrides), options.rows)
     return 0
 
 

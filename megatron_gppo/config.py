@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from megatron_gppo.schedules import NUMBER, NUMBER_OR_SCHEDULE, SCHEDULE, Schedule, value_at
 
@@ -80,32 +89,103 @@ class ParallelConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """Prompts for training and evaluation, from JSONL or Parquet files."""
+class ColumnsConfig(Section):
+    """Where a row holds its prompt and answer. What is not set is recognised from the rows (megatron_gppo.data.schema)."""
 
-    train: Path | list[Path] | None = None
-    """File or files with the training prompts; needed unless rollouts are replayed."""
-    eval: Path | list[Path] | None = None
-    """File or files with the evaluation problems."""
-    prompt_column: str = "prompt"
-    """Chat rows: a list of {role, content} messages; the ground truth is then reward_model.ground_truth."""
+    prompt_column: str | None = None
+    """A list of {role, content} messages. Dotted names reach into objects, here and below."""
     question_column: str | None = None
-    """Plain rows: the question's column. Set it together with answer_column; prompt_column is then unused."""
+    """The question as text, instead of prompt_column."""
     answer_column: str | None = None
-    """Plain rows: the ground truth's column."""
+    """The ground truth; of text with GSM8K's "#### 42" what follows the mark."""
+    id_column: str | None = None
+    """The row's id, which no other row of the same source may have."""
+
+    @model_validator(mode="after")
+    def _columns(self) -> "ColumnsConfig":
+        if self.prompt_column is not None and self.question_column is not None:
+            raise ValueError(
+                f"prompt_column = {self.prompt_column} and question_column = {self.question_column} exclude each other. Fix: "
+                "set prompt_column for lists of messages, question_column for text"
+            )
+        if self.prompt_column is None and (self.question_column is None) != (self.answer_column is None):
+            raise ValueError(
+                "question_column and answer_column go together. Fix: set both, e.g. data.question_column and data.answer_column, or neither"
+            )
+        return self
+
+
+class SourceConfig(ColumnsConfig):
+    """Rows from one place. In YAML a path alone, as text, is enough."""
+
+    path: str | None = None
+    """A .jsonl, .json, .parquet or .arrow file, a folder of them (Dataset.save_to_disk's, too), or a glob."""
+    hub: str | None = None
+    """Instead of path: a data set on the Hugging Face hub, e.g. HuggingFaceH4/MATH-500. Rows are streamed."""
+    subset: str | None = None
+    """hub: which of the data set's configurations."""
+    split: str | None = None
+    """hub: which split (default: train). Folders: read only the files whose name or folder is this split."""
+    name: str | None = None
+    """data_source of rows that have none. None is the file's or data set's name."""
+    weight: PositiveFloat | None = None
+    """data.train: this source's share of the prompts, relative to the others' weights. None everywhere: every row once an epoch."""
+
+    @model_validator(mode="after")
+    def _place(self) -> "SourceConfig":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError(f"path = {self.path}, hub = {self.hub}. Fix: set one of them")
+        if self.subset is not None and self.hub is None:
+            raise ValueError(f"subset = {self.subset} is for hub. Fix: remove it, or name a folder in path")
+        return self
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return self.path if self.path is not None else f"hub {self.hub}"
+
+
+def _as_sources(value: Any) -> Any:
+    """Paths as text, and one source instead of a list of one, as YAML may have them."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    for item in items:
+        if not isinstance(item, str | Path | dict | SourceConfig):
+            raise ValueError(f"{item!r} is not a path. Fix: give a path, or fields such as {{path: FILE, weight: 2}}")
+    return [{"path": str(item)} if isinstance(item, str | Path) else item for item in items]
+
+
+Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources)]
+
+
+class DataConfig(ColumnsConfig):
+    """Prompts for training and evaluation. Columns set here are those of every source that sets none itself."""
+
+    train: Sources = []
+    """Sources of the training prompts; needed unless rollouts are replayed."""
+    eval: Sources = []
+    """Sources of evaluation problems; each data_source in them becomes a benchmark. Others: eval.benchmarks."""
     system_prompt: str | None = None
     """A system message put before each prompt."""
+    prompt_suffix: str | None = None
+    """Text put after the last user message, unless the message ends with it, e.g. the instruction to answer in \\boxed{}."""
     max_prompt_tokens: PositiveInt = 4096
-    """Longer prompts are left out, and counted."""
+    """Longer prompts are dropped or cut, and counted."""
+    long_prompts: Literal["drop", "truncate_left"] = "drop"
+    """What becomes of longer prompts: truncate_left keeps their last max_prompt_tokens tokens."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used is an error, or is left out and counted."""
+    decontamination_ngram: Annotated[int, Field(ge=2)] | None = None
+    """Drop training prompts that share this many words in a row with an evaluation problem (9 in the paper). None: keep all."""
     shuffle: bool = True
     """Shuffle every epoch anew, with run.seed."""
 
     @model_validator(mode="after")
-    def _columns(self) -> "DataConfig":
-        if (self.question_column is None) != (self.answer_column is None):
-            raise ValueError(
-                "question_column and answer_column go together. Fix: set both data.question_column and data.answer_column, or neither"
-            )
+    def _weights(self) -> "DataConfig":
+        weights = [source.weight for source in self.train]
+        if None in weights and any(weight is not None for weight in weights):
+            raise ValueError(f"train: weights = {weights}. Fix: give every source of data.train a weight, or none")
+        if any(source.weight is not None for source in self.eval):
+            raise ValueError("eval: a weight has no meaning there. Fix: remove it from data.eval")
         return self
 
 
@@ -181,22 +261,69 @@ class RolloutConfig(SamplingConfig):
         return self
 
 
-class RewardConfig(Section):
-    """How responses are judged."""
+class RewardFunctionConfig(Section):
+    """A reward function, and the processes that run it."""
+
+    function: str
+    """A name that is built in, or a dotted path 'package.module:function' to a function, plain or async, that takes
+    (response: str, ground_truth: str, data_source: str) and returns a float or a bool."""
+    scope: Literal["last_boxed", "response"] = "last_boxed"
+    """math_verify: judge the last \\boxed{}, or whatever answer the whole response holds (as the paper's released code, where
+    a truncated response can score)."""
+    after_think: bool = True
+    """math_verify: judge only what follows the last </think>, where a response has one."""
+    batched: bool = False
+    """The function takes three lists instead and returns a list."""
+    batch_size: PositiveInt = 8
+    """Most responses in one call of a batched function, and under way at once in an async one, for each worker."""
+    workers: PositiveInt = 2
+    """Worker processes."""
+    timeout_s: PositiveFloat = 10.0
+    """Limit for one response (batched: one call); the worker is then killed and the time-out counted."""
+    memory_mb: Annotated[int, Field(ge=256)] | None = 2048
+    """Most memory a worker may allocate, in MiB; more is a crash. None: no limit, which functions that use CUDA need."""
+
+
+class ExtraRewardConfig(RewardFunctionConfig):
+    """A reward that is added to the main one."""
+
+    weight: FiniteFloat = 1.0
+    """What its score (a bool: 1 or 0) is multiplied by."""
+
+
+class OverlongConfig(Section):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13): responses that come near the limit lose reward."""
+
+    buffer_tokens: PositiveInt
+    """The penalty grows linearly over the last so many tokens before rollout.max_response_tokens."""
+    penalty: PositiveFloat = 1.0
+    """What a response of the full length loses."""
+
+
+class RewardConfig(RewardFunctionConfig):
+    """How responses are judged. The main function says what is correct; the others only add to the reward."""
 
     function: str = "math_verify"
-    """math_verify (the last \\boxed{} against the ground truth), or a dotted path 'package.module:function' to a
-    function (response: str, ground_truth: str, data_source: str) -> float | bool."""
+    """math_verify, or a dotted path 'package.module:function' to a function, plain or async, that takes
+    (response: str, ground_truth: str, data_source: str) and returns a float or a bool."""
     correct: FiniteFloat = 1.0
     """Reward of a correct answer."""
     incorrect: FiniteFloat = 0.0
     """Reward of everything else; paper: -1."""
     correct_above: float = 0.5
     """A user function's float above this counts as correct, and is the reward; a bool chooses correct or incorrect."""
-    workers: PositiveInt = 2
-    """Worker processes."""
-    timeout_s: PositiveFloat = 10.0
-    """Limit for one response; the worker is then killed and the time-out counted."""
+    format_weight: FiniteFloat = 0.0
+    """Added to the reward when a response closes </think> once at most and then holds a \\boxed{}."""
+    overlong: OverlongConfig | None = None
+    """Subtracted from the reward of responses near the length limit."""
+    extra: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], ExtraRewardConfig] = {}
+    """Further rewards by name, each added times its weight and logged as reward_part/NAME."""
+
+    @model_validator(mode="after")
+    def _names(self) -> "RewardConfig":
+        if taken := {"answer", "format", "overlong"} & set(self.extra):
+            raise ValueError(f"extra: {', '.join(sorted(taken))} is a part's name already. Fix: choose another name")
+        return self
 
 
 class TrainConfig(Section):
@@ -450,15 +577,56 @@ class SyncConfig(Section):
     """Most mean absolute difference there, in nats. None is 1e-4 in fp32 and 0.05 in bf16."""
 
 
+class BenchmarkConfig(SourceConfig):
+    """A set of problems and how to sample on it. In YAML the path of a file with these fields is enough; `base: FILE`
+    starts from such a file, and a `path` beside it replaces where that one's rows come from, columns included."""
+
+    system_prompt: str | None = None
+    """Instead of data.system_prompt."""
+    prompt_suffix: str | None = None
+    """Instead of data.prompt_suffix."""
+    samples: PositiveInt | None = None
+    """Instead of eval.samples; likewise below."""
+    temperature: PositiveFloat | None = None
+    """Instead of eval.temperature."""
+    top_p: Probability | None = None
+    """Instead of eval.top_p."""
+    max_response_tokens: PositiveInt | None = None
+    """Instead of eval.max_response_tokens."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_base(cls, values: Any) -> Any:
+        if isinstance(values, str | Path):
+            values = {"base": values}
+        if not isinstance(values, dict) or "base" not in values:
+            return values
+        own = {key: value for key, value in values.items() if key != "base"}
+        base = _read_yaml(values["base"], "an existing benchmark file")
+        if "path" in own:
+            base = {key: value for key, value in base.items() if key not in _PLACE_FIELDS}
+        return {**base, **own}
+
+
+# What a benchmark's own path replaces of its base.
+_PLACE_FIELDS = {"path", "hub", "subset", "split", *ColumnsConfig.model_fields}
+
+
 class EvalConfig(SamplingConfig):
-    """megatron-gppo eval: avg@samples on data.eval."""
+    """Evaluation: by megatron-gppo eval, and during training. Sampling is every benchmark's that sets none itself."""
 
     temperature: PositiveFloat = 0.6
     """Paper: 0.6."""
     top_p: Probability = 0.95
     """Paper: 0.95."""
     samples: PositiveInt = 8
-    """Responses per problem."""
+    """Responses per problem: k of avg@k."""
+    benchmarks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], BenchmarkConfig] = {}
+    """Benchmarks by name, beside those of data.eval."""
+    every: PositiveInt | None = None
+    """Training: evaluate after every so many steps. None: never."""
+    before_training: bool = True
+    """Training, with every: also before the first step."""
 
 
 class RunConfig(Section):
@@ -508,9 +676,31 @@ class Config(Section):
                 f"train.tokens_per_microbatch = {self.train.tokens_per_microbatch} cannot hold one sample of data.max_prompt_tokens + "
                 f"rollout.max_response_tokens = {longest} tokens. Fix: raise it, or lower the other two"
             )
-        if self.rollout.mode != "replay" and self.data.train is None:
+        if self.rollout.mode != "replay" and not self.data.train:
             raise ValueError(
                 "data.train is missing. Fix: name the file with the training prompts, or set rollout.mode: replay"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> "Config":
+        if self.eval.every is not None and not (self.data.eval or self.eval.benchmarks):
+            raise ValueError(
+                f"eval.every = {self.eval.every}, but there is nothing to evaluate on. Fix: set eval.benchmarks or data.eval"
+            )
+        if self.eval.every is not None and self.rollout.mode == "replay":
+            raise ValueError(
+                f"eval.every = {self.eval.every} needs an engine, and rollout.mode: replay has none. Fix: set eval.every: null"
+            )
+        if self.data.decontamination_ngram is not None and not (self.data.eval or self.eval.benchmarks):
+            raise ValueError(
+                f"data.decontamination_ngram = {self.data.decontamination_ngram} compares with nothing. Fix: set eval.benchmarks or data.eval"
+            )
+        overlong = self.reward.overlong
+        if overlong is not None and overlong.buffer_tokens > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.overlong.buffer_tokens = {overlong.buffer_tokens} is more than rollout.max_response_tokens = "
+                f"{self.rollout.max_response_tokens}. Fix: lower it"
             )
         return self
 
@@ -536,17 +726,22 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:  # type:
 
     Raises ConfigError on anything that is wrong with either.
     """
+    tree = _read_yaml(path, "an existing YAML file to --config")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def _read_yaml(path: str | Path, wanted: str) -> dict[str, Any]:
     try:
         tree = yaml.load(Path(path).read_text(), _UniqueKeyLoader)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}. Fix: give an existing YAML file to --config") from error
+        raise ConfigError(f"{path}: {error.strerror}. Fix: give {wanted}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not sections. Fix: start with e.g. 'model:'")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree)
+    return tree
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -598,9 +793,16 @@ def _describe(item: Any) -> str:
 
 
 def _fields_beside(location: tuple[Any, ...]) -> list[str]:
+    """The fields of the section that holds the last name of a location; indices and dictionary keys lead to no section."""
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        choices = (annotation, *get_args(annotation))  # a section, or one that may be None
-        section = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
+        if part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
     return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section among an annotation's types, e.g. of `dict[str, BenchmarkConfig]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)

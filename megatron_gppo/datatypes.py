@@ -17,7 +17,7 @@ Packed alone with an alignment of 8 it becomes (T = 8, "." is padding, "x" is ig
     cu_seqlens    [0, 8]                      padding belongs to the last sequence: causal attention hides it
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -59,7 +59,11 @@ class Verdict:
 
     reward: float
     correct: bool
-    outcome: Outcome  # anything but "scored" received the reward of a wrong answer and is counted
+    outcome: (
+        Outcome  # anything but "scored" received the reward of a wrong answer (or a part of it is 0) and is counted
+    )
+    answer: str | None = None  # what was judged, where the reward function says so
+    parts: dict[str, float] = field(default_factory=dict)  # by name, of a reward that is a sum of several
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """What a run shows: TensorBoard, one console line a step, a progress bar while it generates."""
 
+import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -97,6 +98,19 @@ TAGS: dict[str, str] = {
     "samples": "a few prompts, responses and rewards, as text",
 }
 
+# Tags with a NAME of the user's in them, which are there only where such a part or benchmark is configured.
+TAG_FAMILIES: dict[str, str] = {
+    "reward_part/NAME": "mean of one part of a reward that is a sum: answer, format, overlong, or one of reward.extra, weighted",
+    "eval/average": "mean accuracy over all benchmarks; the x axis is the step whose weights were evaluated, here and below",
+    "eval/NAME/accuracy": "a benchmark's avg@k",
+    "eval/NAME/pass": "its pass@k, k being its samples",
+    "eval/NAME/majority": "its maj@k",
+    "eval/NAME/truncated_share": "share of its responses cut at max_response_tokens",
+    "eval/NAME/tokens_mean": "its mean response length in tokens",
+    "eval/seconds": "the whole evaluation",
+}
+NAME_PATTERN = r"[^/]+"
+
 
 class Histogram(NamedTuple):
     """Counts of values, by bucket."""
@@ -186,24 +200,10 @@ class MetricsLogger:
         histograms: Mapping[str, Histogram] | None = None,
     ) -> None:
         """Writes a step's scalars and histograms, whose tags TAGS documents, and its sample texts, and prints its line."""
-        scalars, histograms = {**scalars, **memory_scalars()}, histograms or {}
-        undocumented = {*scalars, *histograms} - set(TAGS)
-        assert not undocumented, f"not in TAGS: {sorted(undocumented)}"
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
-        for tag, histogram in histograms.items():
-            occupied = histogram.upper_bounds[histogram.counts > 0]
-            self._writer.add_histogram_raw(
-                tag,
-                min=occupied[0],
-                max=occupied[-1],
-                num=histogram.counts.sum(),
-                sum=histogram.sum,
-                sum_squares=histogram.sum_squares,
-                bucket_limits=histogram.upper_bounds.tolist(),
-                bucket_counts=histogram.counts.tolist(),
-                global_step=step,
-            )
+        scalars = {**scalars, **memory_scalars()}
+        self._write(step, scalars)
+        for tag, histogram in (histograms or {}).items():
+            self._write_histogram(step, tag, histogram)
         if texts:
             self._writer.add_text("samples", "\n\n---\n\n".join(texts), step)
         self._writer.flush()
@@ -215,6 +215,32 @@ class MetricsLogger:
             self._print(self._heading(), style="bold")
         self._print(self._line(step, scalars))
         self._lines += 1
+
+    def log_evaluation(self, step: int, scalars: Mapping[str, float], line: str) -> None:
+        """Writes an evaluation's scalars, which TAG_FAMILIES documents, and prints the line. From any thread."""
+        self._write(step, scalars)
+        self._writer.flush()
+        self._print(line)
+
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        _check_documented(scalars)
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def _write_histogram(self, step: int, tag: str, histogram: Histogram) -> None:
+        _check_documented([tag])
+        occupied = histogram.upper_bounds[histogram.counts > 0]
+        self._writer.add_histogram_raw(
+            tag,
+            min=occupied[0],
+            max=occupied[-1],
+            num=histogram.counts.sum(),
+            sum=histogram.sum,
+            sum_squares=histogram.sum_squares,
+            bucket_limits=histogram.upper_bounds.tolist(),
+            bucket_counts=histogram.counts.tolist(),
+            global_step=step,
+        )
 
     def on_progress(self, done: int, wanted: int) -> None:
         """Shows how many of the step's groups are there: a bar in a terminal, elsewhere a line now and then."""
@@ -267,6 +293,17 @@ class MetricsLogger:
 
     def _print(self, line: str, style: str | None = None) -> None:
         self._console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def is_documented(tag: str) -> bool:
+    """Whether TAGS or TAG_FAMILIES has it."""
+    families = (re.escape(family).replace("NAME", NAME_PATTERN) for family in TAG_FAMILIES)
+    return tag in TAGS or any(re.fullmatch(family, tag) for family in families)
+
+
+def _check_documented(tags: Iterable[str]) -> None:
+    undocumented = sorted(tag for tag in tags if not is_documented(tag))
+    assert not undocumented, f"not in TAGS: {undocumented}"
 
 
 def memory_scalars() -> dict[str, float]:

@@ -6,16 +6,24 @@ from dataclasses import dataclass
 
 from megatron_gppo.config import Config, ConfigError, dump_config
 from megatron_gppo.convert import Architecture, convert_hf_to_megatron
-from megatron_gppo.data import PromptStream, load_prompts, load_tokenizer
-from megatron_gppo.datatypes import Prompt
+from megatron_gppo.data import PromptSet, PromptStream, load_tokenizer
+from megatron_gppo.evaluate import Benchmark, Evaluator, load_benchmarks
+from megatron_gppo.evaluate.report import Report, headline, scalars
+from megatron_gppo.evaluate.training import TrainingEvaluations
 from megatron_gppo.metrics import MetricsLogger
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.policy import Policy, Progress, checkpoint
 from megatron_gppo.rollout.engine import Engine
 from megatron_gppo.rollout.generate import EngineRollouts, RolloutSource
 from megatron_gppo.rollout.record import RecordingRollouts, ReplayRollouts
-from megatron_gppo.rollout.rewards import RewardPool
+from megatron_gppo.rollout.rewards import OverlongPenalty, Rewards
 from megatron_gppo.rollout.server import launched_engines
+from megatron_gppo.training_prompts import (
+    check_unchanged,
+    load_training_prompts,
+    without_unreadable_answers,
+    write_decontamination_report,
+)
 from megatron_gppo.weight_sync import WeightSync
 
 # In run.dir:
@@ -34,14 +42,22 @@ class Run:
     rollouts: RolloutSource | None  # rank 0 only, like the two below
     prompts: PromptStream | None  # None in replay, too
     logger: MetricsLogger | None
+    evaluations: TrainingEvaluations | None = None  # None in replay, too
+
+    def cancel(self) -> None:
+        """Ends generation, now and later, soon. Safe to call from a signal handler."""
+        for generating in (self.rollouts, self.evaluations):
+            if generating is not None:
+                generating.cancel()
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     """What rank 0 starts before the policy is built."""
 
-    prompts: Sequence[Prompt]
-    rewards: RewardPool
+    prompts: PromptSet
+    benchmarks: Sequence[Benchmark]
+    rewards: Rewards
     wait_for_engines: Callable[[], list[Engine]]
 
 
@@ -50,13 +66,21 @@ def start_services(config: Config, architecture: Architecture, stack: ExitStack)
     prepare_run_folder(config, architecture)
     if config.rollout.mode == "replay":
         return None
-    prompts = load_prompts(config.data, load_tokenizer(config.model.hf_path), "train")
-    if prompts.num_too_long:
-        print(f"left out {prompts.num_too_long} of {prompts.num_rows} prompts: longer than data.max_prompt_tokens")
-    rewards = RewardPool(config.reward)
+    tokenizer = load_tokenizer(config.model.hf_path)
+    benchmarks: list[Benchmark] = []
+    if config.eval.every is not None or config.data.decontamination_ngram is not None:
+        benchmarks = load_benchmarks(config, tokenizer, architecture.max_position_embeddings)
+    prompts, contaminated = load_training_prompts(config, tokenizer, benchmarks)
+    if config.data.decontamination_ngram is not None:
+        write_decontamination_report(config.run.dir, contaminated)
+    rewards = Rewards(config.reward)
     stack.callback(rewards.close)
     wait_for_engines = stack.enter_context(launched_engines(config, config.run.dir / "engine.log"))
-    return Services(prompts.prompts, rewards, wait_for_engines)
+    prompts = without_unreadable_answers(prompts, rewards, config)  # while the engines start
+    if (summary := prompts.summary()) is not None:
+        print(f"data.train: {summary}")
+    check_unchanged(prompts, config, resuming=checkpoint.newest(config.run.dir / CHECKPOINTS) is not None)
+    return Services(prompts, benchmarks, rewards, wait_for_engines)
 
 
 def prepare_run_folder(config: Config, architecture: Architecture) -> None:
@@ -124,22 +148,38 @@ def connect(
     untouched = config.rollout.mode == "managed" and config.model.checkpoint is None and progress.step == 0
     sync.verify_start(policy.shards(), progress.step, engines_hold_policy=untouched)
     # What the engines compute from now on is what the policy computes, whatever they had loaded before.
-    token_ids = parallel.from_rank_0(lambda: services.prompts[0].token_ids if services is not None else [])
+    token_ids = parallel.from_rank_0(lambda: services.prompts.prompts[0].token_ids if services is not None else [])
     sync.verify_probe(token_ids, policy.sequence_logprobs(token_ids))
     if services is None or logger is None:
         return Run(config, parallel, policy, sync, None, None, None)
 
     prompts = PromptStream(
-        services.prompts, shuffle=config.data.shuffle, seed=config.run.seed, position=progress.data_position
+        services.prompts.prompts,
+        shuffle=config.data.shuffle,
+        seed=config.run.seed,
+        position=progress.data_position,
+        shares=services.prompts.shares(config.data),
     )
+    overlong = config.reward.overlong
+    judge = services.rewards
+    shaped = OverlongPenalty(judge, overlong, config.rollout.max_response_tokens) if overlong is not None else judge
     rollouts: RolloutSource = EngineRollouts(
         config.rollout,
         engines,
         prompts,
-        services.rewards,
+        shaped,
         prompts_per_update=config.train.prompts_per_update,
         on_progress=logger.on_progress,
     )
     if config.rollout.record is not None:
         rollouts = RecordingRollouts(rollouts, config.rollout.record)
-    return Run(config, parallel, policy, sync, rollouts, prompts, logger)
+    evaluations = None
+    if config.eval.every is not None:
+        evaluator = Evaluator(config.rollout, config.reward, engines, judge, services.benchmarks)
+        evaluations = TrainingEvaluations(config, evaluator, log_evaluation(logger), step=progress.step)
+    return Run(config, parallel, policy, sync, rollouts, prompts, logger, evaluations)
+
+
+def log_evaluation(logger: MetricsLogger) -> Callable[[int, Report], None]:
+    """What writes the report on a step's weights where the steps' own numbers are."""
+    return lambda step, report: logger.log_evaluation(step, scalars(report), headline(step, report))

@@ -59,6 +59,10 @@ def rollout_scalars(rollout: Rollout) -> dict[str, float]:
         "reward/mean": float(np.mean(rewards)),
         "reward/std": float(np.std(rewards)),
         "reward/accuracy": float(np.mean([verdict.correct for verdict in verdicts])),
+        **{
+            f"reward_part/{name}": float(np.mean([verdict.parts[name] for verdict in verdicts]))
+            for name in verdicts[0].parts
+        },
         "response/tokens_mean": float(np.mean(lengths)),
         "response/tokens_max": max(lengths),
         "response/truncated_share": float(np.mean([response.truncated for response in responses])),

@@ -18,6 +18,8 @@ from megatron_gppo.convert import Architecture
 from megatron_gppo.datatypes import Rollout, Sample
 from megatron_gppo.drift import WorstSample, worst_sample, write_alarm
 from megatron_gppo.errors import MISTAKES, REPORTED, exit_status
+from megatron_gppo.evaluate import EvaluationError
+from megatron_gppo.evaluate.training import evaluate_if_due, is_complete
 from megatron_gppo.interrupts import Interrupts
 from megatron_gppo.metrics import Phases
 from megatron_gppo.packing import pack_updates
@@ -34,7 +36,7 @@ from megatron_gppo.policy import (
 )
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import RolloutCancelled, RolloutError
-from megatron_gppo.rollout.rewards import RewardError
+from megatron_gppo.rollout.reward_pool import RewardError
 from megatron_gppo.run import CHECKPOINTS, Run, connect, restore, start_services
 from megatron_gppo.scalars import in_force_scalars, sample_texts, step_histograms, step_scalars
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
@@ -112,6 +114,12 @@ def generate(run: Run, step: int) -> tuple[Rollout | None, list[Sample] | None]:
     return rollout, samples
 
 
+def evaluate(run: Run, progress: Progress) -> None:
+    """What eval.every asks for at this step. After an interruption it goes on where it stopped."""
+    with saved_if_engines_fail(run, progress):
+        evaluate_if_due(run.config, run.parallel, run.evaluations, progress.step)
+
+
 def probe(run: Run, sync: WeightSync, sample: Sample) -> None:
     """Compares log-probs of one sample between policy and engines. Raises WeightSyncError if they differ."""
     token_ids = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
@@ -133,7 +141,7 @@ def saved_if_engines_fail(run: Run, progress: Progress) -> Iterator[None]:
     """Saves what is done before such a failure, which all ranks see at the same point, ends the run."""
     try:
         yield
-    except (EngineError, RolloutError, RewardError, WeightSyncError, PeerFailed):
+    except (EngineError, EvaluationError, RolloutError, RewardError, WeightSyncError, PeerFailed):
         save(run, progress)
         raise
 
@@ -162,15 +170,21 @@ def train(config: Config, architecture: Architecture) -> signal.Signals | None:
         progress = restore(config, parallel, policy)
         run = connect(config, parallel, policy, progress, services, stack)
 
-        with Interrupts(run.rollouts.cancel if run.rollouts is not None else lambda: None) as interrupts:
-            while progress.step < config.train.steps:
+        with Interrupts(run.cancel) as interrupts:
+            evaluate(run, progress)
+            while (signum := first_request(run, interrupts)) is None and progress.step < config.train.steps:
                 advanced = train_step(run, progress)
-                progress = advanced or progress
-                requested = [signum for signum in parallel.gather(interrupts.requested) if signum is not None]
-                if requested:
-                    save(run, progress)
-                    return requested[0]
-    return None
+                if advanced is not None:
+                    progress = advanced
+                    evaluate(run, progress)
+            if signum is not None:
+                save(run, progress)
+            return signum
+
+
+def first_request(run: Run, interrupts: Interrupts) -> signal.Signals | None:
+    """The signal that any rank has received, the same on every rank."""
+    return next((signum for signum in run.parallel.gather(interrupts.requested) if signum is not None), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config.run.resume == "auto"
             and found is not None
             and checkpoint.read_progress(found).step >= config.train.steps
+            and is_complete(config, config.train.steps)
         ):
             if rank == 0:
                 print(f"nothing to do: {found} has all of train.steps = {config.train.steps}")

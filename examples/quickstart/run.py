@@ -9,7 +9,6 @@ stopped; --fresh deletes it and starts anew.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +19,8 @@ from rich.table import Table
 
 from examples.quickstart.phases import PhaseError, Phases, interrupt_on_signals, record_path
 from megatron_gppo.config import Config, ConfigError, load_config
+from megatron_gppo.evaluate import Report, compare_reports
+from megatron_gppo.evaluate.report import read_report
 
 CONFIG = Path("examples/quickstart/config.yaml")
 FOLDER = Path("runs/quickstart")  # as the paths in CONFIG have it
@@ -89,16 +90,17 @@ def elsewhere(folder: Path) -> list[str]:
     ]
 
 
-def accuracy(folder: Path) -> float:
-    """From the newest evaluation report in the folder, between 0 and 1."""
-    newest = max((folder / "eval").glob("*.json"))
-    return float(json.loads(newest.read_text())["overall"]["accuracy"])
+def newest_report(folder: Path) -> Report:
+    """Of the evaluations in a run's folder."""
+    return read_report(max((folder / "eval").glob("*/report.json"), key=lambda path: path.stat().st_mtime))
 
 
 def print_summary(folder: Path, config: Config, seconds: dict[str, float]) -> None:
     """Accuracy before and after, seconds by phase, and where to look next."""
-    accuracies = {EVALUATE_START: accuracy(folder / "start"), EVALUATE_RESULT: accuracy(folder / "final")}
-    gained = accuracies[EVALUATE_RESULT] - accuracies[EVALUATE_START]
+    start, final = newest_report(folder / "start"), newest_report(folder / "final")
+    accuracies = {EVALUATE_START: start.average, EVALUATE_RESULT: final.average}
+    (comparison,) = compare_reports(start, final).values()
+    gained = comparison.difference
     table = Table(box=box.SIMPLE)
     table.add_column("phase")
     table.add_column("accuracy", justify="right")
@@ -106,12 +108,13 @@ def print_summary(folder: Path, config: Config, seconds: dict[str, float]) -> No
     for phase, duration in seconds.items():
         table.add_row(phase, f"{accuracies[phase]:.1%}" if phase in accuracies else "", f"{duration:.0f}")
     table.add_section()
-    table.add_row("", f"[bold]{100 * gained:+.1f} points", f"{sum(seconds.values()):.0f}")
+    table.add_row("", f"[bold]{100 * gained.mean:+.1f} points", f"{sum(seconds.values()):.0f}")
     console.print()
     console.print(table)
     console.print(
         f"accuracy: avg@{config.eval.samples} at temperature {config.eval.temperature:g} on problems that neither the "
-        "warm-up nor CE-GPPO has seen",
+        f"warm-up nor CE-GPPO has seen;\n          the difference is {100 * gained.low:+.1f} to {100 * gained.high:+.1f} points with 95% "
+        f"confidence, paired over {gained.problems} problems",
         soft_wrap=True,
     )
     console.print(f"model:    {folder / 'result'}", soft_wrap=True)

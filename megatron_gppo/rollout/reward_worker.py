@@ -1,67 +1,50 @@
-"""The process that judges responses, one after another, for a RewardPool.
+"""The process that judges responses for a RewardPool. reward_protocol.py says how the two talk.
 
 This module and what it imports stay free of torch and of the rest of the package, so that a worker is up in about a
-second and takes some 60 MB. Talk over the connection, pickled:
-
-    worker -> pool   once: None when it is ready, or a str that says why the reward function cannot be used
-    pool -> worker   list[Question]
-    worker -> pool   one Judgement for each question, in order, each as soon as it is known
-
-Time limits are the pool's: it kills a worker that takes too long.
+second and takes some 60 MB. Time limits are the pool's: it kills a worker that takes too long. Only what is awaited is
+given up here, because its worker lives on.
 """
 
+import asyncio
 import ctypes
 import functools
 import importlib
 import inspect
-import logging
-import re
+import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from typing import Any
+
+from megatron_gppo.rollout.reward_protocol import MAX_DETAIL_CHARACTERS, FunctionSpec, Judgement, Question
 
 MATH_VERIFY = "math_verify"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-MAX_DETAIL_CHARACTERS = 4000
+MIB = 2**20
 
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-
-
-class Question(NamedTuple):
-    """One response to judge."""
-
-    response: str
-    ground_truth: str
-    data_source: str
+Judge = functools.partial[Iterator[tuple[int, Judgement]]]  # takes list[Question]
 
 
-class Judgement(NamedTuple):
-    """What the reward function said of one response."""
-
-    outcome: Literal["scored", "unparsable", "crash"]
-    score: bool | float | None = None  # None unless scored; a bool says correct or not, a float is the reward
-    detail: str | None = None  # for the log: what went wrong, when that is not the response's fault
-
-
-RewardFunction = Callable[[Question], Judgement]
-
-
-def serve(handle: int, function: str) -> None:
+def serve(handle: int, spec: FunctionSpec) -> None:
     """Runs the worker on the connection with this file descriptor until its other end is closed."""
     _outlive_signals_but_not_the_trainer()
+    if spec.memory_mb is not None:
+        # What the process allocates, and not address space: that a library reserves without using it does not count.
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = spec.memory_mb * MIB if hard == resource.RLIM_INFINITY else min(spec.memory_mb * MIB, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     connection = Connection(handle)
-    judge = _load(function)
+    judge = _load(spec)
     if isinstance(judge, str):
         connection.send(judge)
         return
     try:
-        connection.send(None)
+        connection.send(judge.func is _one_by_one)
         while True:
-            for question in connection.recv():
-                connection.send(judge(question))
+            for answer in judge(connection.recv()):
+                connection.send(answer)
     except (EOFError, OSError):
         pass  # the pool was closed, or the trainer is gone
 
@@ -76,11 +59,15 @@ def _outlive_signals_but_not_the_trainer() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _load(function: str) -> RewardFunction | str:
+def _load(spec: FunctionSpec) -> Judge | str:
     """The reward function, ready to be called at full speed, or why there is none."""
-    if function == MATH_VERIFY:
-        return _load_math_verify()
-    module_name, colon, attribute = function.partition(":")
+    if spec.function == MATH_VERIFY:
+        try:
+            from megatron_gppo.rollout.math_reward import MathReward
+        except ImportError as error:
+            return f"math-verify cannot be imported ({error}). Fix: pip install math-verify"
+        return functools.partial(_one_by_one, MathReward(spec.scope, spec.after_think))
+    module_name, colon, attribute = spec.function.partition(":")
     if not (module_name and colon and attribute):
         return "not of the form package.module:function. Fix: write it so, or math_verify"
     try:
@@ -90,82 +77,105 @@ def _load(function: str) -> RewardFunction | str:
             f"importing {module_name} failed. Fix: mend the module, or put its folder on PYTHONPATH\n"
             + traceback.format_exc()
         )
-    user_function = getattr(module, attribute, None)
-    if not callable(user_function):
+    function = getattr(module, attribute, None)
+    if not callable(function):
         return f"{module.__name__} has no function {attribute}. Fix: correct the name"
     try:
-        inspect.signature(user_function).bind("response", "ground truth", "data source")
+        inspect.signature(function).bind("response", "ground truth", "data source")
     except (TypeError, ValueError) as error:
         return f"it cannot be called with (response, ground_truth, data_source): {error}. Fix: take these three"
-    return functools.partial(_call_user_function, user_function)
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    if spec.batched:
+        call = functools.partial(_awaited, asyncio.Runner(), function) if is_async else function
+        return functools.partial(_batch, call)
+    if is_async:
+        return functools.partial(_concurrently, asyncio.Runner(), function, spec.timeout_s)
+    return functools.partial(_one_by_one, functools.partial(_call, function))
 
 
-def _call_user_function(user_function: Callable[[str, str, str], Any], question: Question) -> Judgement:
+def _one_by_one(judge: Callable[[Question], Judgement], questions: list[Question]) -> Iterator[tuple[int, Judgement]]:
+    for index, question in enumerate(questions):
+        yield index, judge(question)
+
+
+def _call(function: Callable[..., Any], question: Question) -> Judgement:
     try:
-        score = user_function(*question)
-        score = score.item() if hasattr(score, "item") else score  # NumPy and torch scalars
-        if not isinstance(score, bool):
-            score = float(score)
-            if score != score or abs(score) == float("inf"):
-                raise ValueError(f"the reward function returned {score}; it must return a finite number or a bool")
+        return _scored(function(*question))
     except Exception:
-        return Judgement("crash", detail=traceback.format_exc()[-MAX_DETAIL_CHARACTERS:])
+        return _crash()
+
+
+def _batch(function: Callable[..., Any], questions: list[Question]) -> Iterator[tuple[int, Judgement]]:
+    """A batch that fails as a whole is judged again one by one, so that only those that are to blame are lost."""
+    try:
+        scores = list(function(*(list(column) for column in zip(*questions, strict=True))))
+        if len(scores) != len(questions):
+            raise ValueError(f"the reward function returned {len(scores)} scores for {len(questions)} responses")
+        judgements = [_checked(score) for score in scores]
+    except Exception:
+        if len(questions) == 1:
+            judgements = [_crash()]
+        else:
+            for index, question in enumerate(questions):
+                yield from ((index, judgement) for _, judgement in _batch(function, [question]))
+            return
+    yield from enumerate(judgements)
+
+
+def _awaited(runner: asyncio.Runner, function: Callable[..., Awaitable[Any]], *columns: list[str]) -> Any:
+    async def call() -> Any:
+        return await function(*columns)
+
+    return runner.run(call())
+
+
+def _concurrently(
+    runner: asyncio.Runner,
+    function: Callable[..., Awaitable[Any]],
+    timeout_s: float,
+    questions: list[Question],
+) -> Iterator[tuple[int, Judgement]]:
+    """Each judgement is passed on when it is there, though the others are still awaited."""
+
+    async def judge(index: int, question: Question) -> tuple[int, Judgement]:
+        limit = asyncio.timeout(timeout_s)
+        try:
+            async with limit:
+                return index, _scored(await function(*question))
+        except Exception:
+            return index, Judgement("timeout") if limit.expired() else _crash()
+
+    async def first_of(tasks: set[asyncio.Task[tuple[int, Judgement]]]) -> set[asyncio.Task[tuple[int, Judgement]]]:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done
+
+    async def start() -> set[asyncio.Task[tuple[int, Judgement]]]:
+        return {asyncio.create_task(judge(index, question)) for index, question in enumerate(questions)}
+
+    tasks = runner.run(start())
+    while tasks:
+        done = runner.run(first_of(tasks))
+        tasks -= done
+        yield from (task.result() for task in done)
+
+
+def _checked(score: Any) -> Judgement:
+    try:
+        return _scored(score)
+    except Exception:
+        return _crash()
+
+
+def _scored(score: Any) -> Judgement:
+    """Raises when the score is neither a finite number nor a bool."""
+    score = score.item() if hasattr(score, "item") else score  # NumPy and torch scalars
+    if not isinstance(score, bool):
+        score = float(score)
+        if score != score or abs(score) == float("inf"):
+            raise ValueError(f"the reward function returned {score}; it must return a finite number or a bool")
     return Judgement("scored", score)
 
 
-def _load_math_verify() -> RewardFunction | str:
-    try:
-        import math_verify
-    except ImportError as error:
-        return f"math-verify cannot be imported ({error}). Fix: pip install math-verify"
-    # It warns that its own time limits are off. They are signals, which SymPy's C code can hold up; the pool kills.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-    @functools.lru_cache(maxsize=256)  # a group shares its ground truth, and often its answers
-    def parse(latex: str) -> list[Any]:
-        return math_verify.parse(f"\\boxed{{{latex}}}", parsing_timeout=None)
-
-    def judge(question: Question) -> Judgement:
-        answer = last_boxed(question.response)
-        if answer is None or not (answer := _plain(answer)):
-            return Judgement("unparsable")
-        boxed_truth = last_boxed(question.ground_truth)
-        truth = _plain(question.ground_truth if boxed_truth is None else boxed_truth)
-        if answer == truth:
-            return Judgement("scored", True)
-        try:
-            # Each is [expression, text], or [text] where the LaTeX could not be read.
-            parsed_truth, parsed_answer = parse(truth), parse(answer)
-            if len(parsed_truth) < 2:
-                detail = f"the ground truth {question.ground_truth!r} cannot be parsed, only compared as text"
-                return Judgement("unparsable", detail=detail)
-            if len(parsed_answer) < 2:
-                return Judgement("unparsable")
-            correct = math_verify.verify(parsed_truth, parsed_answer, timeout_seconds=None, raise_on_error=True)
-        except Exception:
-            return Judgement("crash", detail=traceback.format_exc()[-MAX_DETAIL_CHARACTERS:])
-        return Judgement("scored", correct)
-
-    judge(Question(r"\boxed{\frac{1}{2}}", "0.25", ""))  # builds the parser's tables, a fraction of a second
-    return judge
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last complete \\boxed{...}, or None. Linear in the text, whatever its braces."""
-    content = None
-    starts: list[int | None] = []  # of the open braces: where the content begins if \boxed opened it, else None
-    for token in _BOX_OR_BRACE.finditer(text):
-        if token[0] == "}":
-            start = starts.pop() if starts else None
-            if start is not None:
-                content = (start, token.start())
-        elif token[0] == "{":
-            starts.append(None)
-        elif token[0].endswith("{") and token[0] != "\\{":
-            starts.append(token.end())
-    return None if content is None else text[slice(*content)]
-
-
-def _plain(latex: str) -> str:
-    """Without the full stop that may end an answer, and that the parser stumbles over."""
-    return latex.strip().removesuffix(".").rstrip()
+def _crash() -> Judgement:
+    """Of the exception that is being handled."""
+    return Judgement("crash", detail=traceback.format_exc()[-MAX_DETAIL_CHARACTERS:])

@@ -1,265 +1,112 @@
-"""Rewards of responses, judged in worker processes that can be killed.
+"""The reward of a response: what the main function says of it, and what the others add.
 
-One thread a worker process takes questions from a queue, sends a few at a time and waits for each answer with a time
-limit. A worker that hangs is killed, one that died is noticed; either way its question is counted as such, its other
-questions go back to the queue, and a new process takes its place. Nothing turns into a silent 0: see Verdict.outcome.
+    reward = answer + weight * format + sum(weight * extra) [+ overlong, in training: OverlongPenalty]
+
+Only the main function decides what is correct. A function that fails on a response is counted (Verdict.outcome) and
+adds nothing; the main one then gives the reward of a wrong answer.
 """
 
 import asyncio
-import contextlib
-import logging
-import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 
-from megatron_gppo.config import RewardConfig
+from megatron_gppo.config import OverlongConfig, RewardConfig
 from megatron_gppo.datatypes import Outcome, Prompt, Response, Verdict
-from megatron_gppo.rollout.reward_worker import Judgement, Question
+from megatron_gppo.rollout.answers import is_well_formed
+from megatron_gppo.rollout.generate import Judge
+from megatron_gppo.rollout.reward_pool import RewardPool
+from megatron_gppo.rollout.reward_protocol import Judgement
+from megatron_gppo.rollout.reward_worker import MATH_VERIFY
 
-START_TIMEOUT_S = 300.0  # for a worker to import the reward function; a cold network file system is slow
-MAX_QUESTIONS_PER_SEND = 8  # amortises the switch between threads, and is short enough to keep all workers busy
-
-logger = logging.getLogger(__name__)
-
-
-class RewardError(ValueError):
-    """The reward function cannot be used, or its workers cannot be started. The message names the fix."""
+ANSWER, FORMAT, OVERLONG = "answer", "format", "overlong"  # parts of a reward, beside reward.extra's
 
 
-class RewardPool:
-    """Worker processes for one reward function. Usable from any thread and from one event loop after another."""
+class Rewards:
+    """All reward functions of a configuration, each with workers of its own. Usable from one event loop after another."""
 
     def __init__(self, config: RewardConfig) -> None:
-        """Starts the workers and waits until each has loaded the reward function.
-
-        Raises RewardError if one cannot, OSError if one cannot even be started.
-        """
+        """Starts the workers. Raises RewardError or OSError, and then leaves none running."""
         self._config = config
-        self._questions: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._closed, self._close = Pipe(duplex=False)  # closing _close makes _closed readable, to every thread
-        self._reported: set[Outcome] = set()
-        started: list[Future[None]] = [Future() for _ in range(config.workers)]
-        self._threads = [
-            threading.Thread(target=self._run, args=(ready,), name=f"reward-{index}", daemon=True)
-            for index, ready in enumerate(started)
-        ]
-        for thread in self._threads:
-            thread.start()
-        try:
-            for ready in started:
-                ready.result()
-        except BaseException:  # Ctrl-C during the start, too
-            self.close()
-            raise
+        with ExitStack() as stack:
+            self._main = RewardPool(config)
+            stack.callback(self._main.close)
+            self._extra = {}
+            for name, extra in config.extra.items():
+                self._extra[name] = RewardPool(extra, f"reward.extra.{name}")
+                stack.callback(self._extra[name].close)
+            self._stack = stack.pop_all()
 
     async def judge(self, prompt: Prompt, responses: list[Response]) -> list[Verdict]:
         """The verdicts on one prompt's responses, in their order.
 
-        Raises RewardError or OSError when a worker died and no new one could be started, and when the pool is closed.
+        Raises RewardError or OSError when a worker died and no new one could be started, and when the pools are closed.
         """
-        if self._close.closed:
-            raise RuntimeError("the reward pool is closed")
-        pending = [
-            _Pending(prompt, Question(response.text, prompt.ground_truth, prompt.data_source)) for response in responses
-        ]
-        for one in pending:
-            self._questions.put(one)
-        return list(await asyncio.gather(*(asyncio.wrap_future(one.verdict) for one in pending)))
+        pools = [self._main, *self._extra.values()]
+        judged = await asyncio.gather(*(pool.judge(prompt, responses) for pool in pools))
+        return [self._verdict(response, *of_one) for response, *of_one in zip(responses, *judged, strict=True)]
+
+    def unparsable_ground_truths(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Indices of the prompts whose ground truth math_verify cannot read; none for a function of the user's."""
+        if self._config.function != MATH_VERIFY:
+            return []
+
+        async def unreadable() -> set[str]:
+            texts = list(dict.fromkeys(prompt.ground_truth for prompt in prompts))
+            judgements = await asyncio.gather(*(self._main.read_ground_truth(text) for text in texts))
+            return {text for text, judgement in zip(texts, judgements, strict=True) if judgement.outcome != "scored"}
+
+        bad = asyncio.run(unreadable())
+        return [index for index, prompt in enumerate(prompts) if prompt.ground_truth in bad]
 
     def close(self) -> None:
         """Kills the workers and waits until they are gone. What is being judged raises RewardError."""
-        self._close.close()
-        for _ in self._threads:
-            self._questions.put(None)
-        for thread in self._threads:
-            thread.join()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (pending := self._questions.get_nowait()) is not None:
-                    pending.fail(RewardError("the reward pool was closed while it judged"))
-        self._closed.close()
+        self._stack.close()
 
-    def _run(self, started: "Future[None]") -> None:
-        """One worker's thread. It owns the process from start to end: Linux ends a worker with the thread it is from."""
-        worker: _Worker | None = None
-        error: Exception | None = None
-        try:
-            while True:
-                if worker is None:
-                    try:
-                        worker = _Worker(self._config.function, self._closed)
-                    except (RewardError, OSError) as failure:  # OSError: no more processes, memory or files
-                        error = failure
-                if not started.done():
-                    if worker is None:
-                        started.set_exception(error)
-                    else:
-                        started.set_result(None)
-                if not (batch := self._next_batch()):
-                    return
-                if worker is None:
-                    for pending in batch:
-                        pending.fail(error)
-                elif not self._serve(worker, batch):
-                    worker.kill()
-                    worker = None
-        except _ClosedError:
-            if not started.done():
-                started.set_exception(RewardError("the reward pool was closed while it started"))
-        finally:
-            if worker is not None:
-                worker.kill()
-
-    def _next_batch(self) -> "list[_Pending]":
-        """Waits for questions, and leaves their share to the other workers. Empty when the pool closes."""
-        first = self._questions.get()
-        if first is None:
-            return []
-        batch = [first]
-        share = min(MAX_QUESTIONS_PER_SEND, self._questions.qsize() // len(self._threads))
-        while len(batch) < share:
-            try:
-                another = self._questions.get_nowait()
-            except queue.Empty:
-                break
-            if another is None:
-                self._questions.put(None)
-                break
-            batch.append(another)
-        return batch
-
-    def _serve(self, worker: "_Worker", batch: "list[_Pending]") -> bool:
-        """Has the batch judged, and says whether the worker can go on."""
-        batch = [pending for pending in batch if not pending.verdict.cancelled()]
-        try:
-            worker.send([pending.question for pending in batch])
-            while batch:
-                judgement = worker.receive(self._config.timeout_s)
-                pending = batch.pop(0)
-                if isinstance(judgement, Judgement):
-                    pending.settle(self._verdict(judgement))
-                    self._report(judgement.outcome, pending, judgement.detail)
-                else:
-                    pending.settle(Verdict(self._config.incorrect, False, judgement))
-                    how = f"no verdict within {self._config.timeout_s:g} s" if judgement == "timeout" else "it died"
-                    self._report(judgement, pending, f"{how}; the worker is replaced")
-                    return False
-            return True
-        finally:
-            for pending in batch:
-                self._questions.put(pending)
-
-    def _verdict(self, judgement: Judgement) -> Verdict:
-        score = judgement.score
-        if isinstance(score, bool) or score is None:
-            return Verdict(self._config.correct if score else self._config.incorrect, bool(score), judgement.outcome)
-        return Verdict(score, score > self._config.correct_above, judgement.outcome)
-
-    def _report(self, outcome: Outcome, pending: "_Pending", detail: str | None) -> None:
-        """Logs the first of its kind; all are counted by whoever reads the verdicts."""
-        if detail is not None and outcome not in self._reported:
-            self._reported.add(outcome)
-            logger.warning(
-                "reward.function = %s: first outcome %r, prompt row %d, response ending in %r: %s",
-                *(self._config.function, outcome, pending.prompt.row, pending.question.response[-100:], detail),
-            )
+    def _verdict(self, response: Response, main: Judgement, *extra: Judgement) -> Verdict:
+        config = self._config
+        if isinstance(main.score, bool) or main.score is None:
+            correct = bool(main.score)
+            reward = config.correct if correct else config.incorrect
+        else:
+            correct, reward = main.score > config.correct_above, main.score
+        parts = {}
+        if config.format_weight:
+            parts[FORMAT] = config.format_weight * is_well_formed(response.text)
+        for (name, of), judgement in zip(config.extra.items(), extra, strict=True):
+            parts[name] = of.weight * float(judgement.score or 0.0)
+        outcomes: list[Outcome] = [judged.outcome for judged in (main, *extra) if judged.outcome != "scored"]
+        outcome = outcomes[0] if outcomes else "scored"
+        return _with_parts(Verdict(reward, correct, outcome, main.answer), parts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    prompt: Prompt
-    question: Question
-    verdict: "Future[Verdict]" = field(default_factory=Future)
+class OverlongPenalty:
+    """A judge's verdicts with DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13).
 
-    def settle(self, verdict: Verdict) -> None:
-        if self.verdict.set_running_or_notify_cancel():  # false when whoever waited was cancelled
-            self.verdict.set_result(verdict)
+    A response of L tokens loses penalty * (L - start) / buffer_tokens beyond start = max_response_tokens - buffer_tokens.
+    """
 
-    def fail(self, error: Exception | None) -> None:
-        if self.verdict.set_running_or_notify_cancel():
-            self.verdict.set_exception(error)
+    def __init__(self, judge: Judge, config: OverlongConfig, max_response_tokens: int) -> None:
+        self._judge = judge
+        self._config = config
+        self._start = max_response_tokens - config.buffer_tokens
+
+    async def judge(self, prompt: Prompt, responses: list[Response]) -> list[Verdict]:
+        verdicts = await self._judge.judge(prompt, responses)
+        return [
+            _with_parts(verdict, {OVERLONG: -self.of(len(response.token_ids))})
+            for verdict, response in zip(verdicts, responses, strict=True)
+        ]
+
+    def of(self, num_tokens: int) -> float:
+        """What a response of so many tokens loses, from 0 to penalty."""
+        share = (num_tokens - self._start) / self._config.buffer_tokens
+        return self._config.penalty * min(max(share, 0.0), 1.0)
 
 
-class _ClosedError(Exception):
-    """The pool was closed while a thread waited for its worker."""
-
-
-class _Worker:
-    """A worker process as its thread sees it."""
-
-    def __init__(self, function: str, closed: Connection) -> None:
-        """Starts the process and waits until it is ready. Raises RewardError if it cannot be."""
-        self._closed = closed
-        self._connection, theirs = Pipe()
-        # A program of its own rather than multiprocessing's spawn, which would import the trainer's main module, and
-        # with it torch and Megatron. -P and PYTHONPATH: what the trainer can import, and nothing else.
-        handle = theirs.fileno()
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-P", "-c"),
-                f"from megatron_gppo.rollout.reward_worker import serve; serve({handle}, {function!r})",
-            ],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[handle],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            start_new_session=True,  # Ctrl-C does not reach it, and kill() reaches what a reward function starts
-        )
-        theirs.close()
-        try:
-            self._wait_until_ready(function)
-        except BaseException:
-            self.kill()
-            raise
-
-    def send(self, questions: list[Question]) -> None:
-        # A worker that died while it was idle: receive() says so.
-        with contextlib.suppress(OSError):
-            self._connection.send(questions)
-
-    def receive(self, timeout_s: float) -> "Judgement | Outcome":
-        """The next judgement; "timeout" or "crash" when there is none, after which only kill() makes sense.
-
-        Raises _ClosedError when the pool is closed meanwhile.
-        """
-        if not self._wait(timeout_s):
-            return "timeout"
-        try:
-            return self._connection.recv()
-        except (EOFError, OSError):
-            return "crash"
-
-    def kill(self) -> None:
-        """Ends the process, and what it started, at once."""
-        self._connection.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def _wait_until_ready(self, function: str) -> None:
-        if not self._wait(START_TIMEOUT_S):
-            raise RewardError(
-                f"reward.function = {function}: a worker was not ready after {START_TIMEOUT_S:g} s. Fix: make its import quicker"
-            )
-        try:
-            problem = self._connection.recv()
-        except (EOFError, OSError):
-            raise RewardError(
-                f"reward.function = {function}: a worker ended while it started, with exit status {self._process.wait()}. "
-                "Fix: see its output above"
-            ) from None
-        if problem is not None:
-            raise RewardError(f"reward.function = {function}: {problem}")
-
-    def _wait(self, timeout_s: float) -> bool:
-        """Whether there is something to receive before the time is over."""
-        ready = wait([self._connection, self._closed], timeout_s)
-        if self._closed in ready:
-            raise _ClosedError
-        return bool(ready)
+def _with_parts(verdict: Verdict, parts: dict[str, float]) -> Verdict:
+    """The verdict with more parts added to its reward."""
+    if not parts:
+        return verdict
+    parts = {**(verdict.parts or {ANSWER: verdict.reward}), **parts}
+    return replace(verdict, reward=sum(parts.values()), parts=parts)

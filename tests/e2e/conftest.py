@@ -1,5 +1,7 @@
 """One real SGLang server for all end-to-end tests of a session: starting one takes half a minute."""
 
+import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,3 +25,17 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with ManagedServer(make_config(tiny_model, folder), folder / "sglang.log") as running:
         running.wait_ready()
         yield running
+
+
+@pytest.fixture
+def engine_url(server: ManagedServer, tiny_model: Path) -> Iterator[str]:
+    """The session's server, which gets its weights back at the end."""
+    yield server.url
+    body = {"model_path": str(tiny_model), "weight_version": "0", "flush_cache": True}
+    request = urllib.request.Request(
+        f"{server.url}/update_weights_from_disk",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200

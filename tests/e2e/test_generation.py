@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_gppo.config import EvalConfig, RewardConfig, SamplingConfig
+from megatron_gppo.config import EvalConfig, RewardConfig, SamplingConfig, SourceConfig
 from megatron_gppo.data import load_tokenizer
 from megatron_gppo.datatypes import Prompt, Response
-from megatron_gppo.evaluate import run_evaluation
+from megatron_gppo.evaluate.command import run_evaluation
 from megatron_gppo.rollout.engine import Engine, EngineError
 from megatron_gppo.rollout.generate import EngineRollouts, RolloutCancelled, RolloutError
-from megatron_gppo.rollout.rewards import RewardPool
+from megatron_gppo.rollout.rewards import Rewards
 from megatron_gppo.rollout.server import ManagedServer
 from tests.support.fake_engine import FakeJudge
 from tests.support.rollout import make_config, running_requests, wait_busy
@@ -92,7 +92,7 @@ def test_logprobs_are_those_of_hf(tiny_model: Path, server: ManagedServer, tempe
 
 def test_a_rollout_judged_by_math_verify(tiny_model: Path, server: ManagedServer, tmp_path: Path) -> None:
     config = make_config(tiny_model, tmp_path, prompts_per_step=6)
-    pool = RewardPool(RewardConfig(workers=1))
+    pool = Rewards(RewardConfig(workers=1))
     try:
         rollouts = EngineRollouts(
             config.rollout, [Engine(server.url)], Questions(tiny_model), pool, prompts_per_update=2
@@ -164,12 +164,18 @@ def test_evaluation(
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps({"q": f"{n}+1=", "a": str(n + 1)}) + "\n" for n in range(3)))
     config = make_config(tiny_model, tmp_path / "run", mode="external", urls=[server.url])
-    data = config.data.model_copy(update={"eval": problems, "question_column": "q", "answer_column": "a"})
+    source = SourceConfig(path=str(problems), question_column="q", answer_column="a")
+    data = config.data.model_copy(update={"eval": [source]})
     config = config.model_copy(update={"data": data, "eval": EvalConfig(samples=3, max_response_tokens=8)})
     report = run_evaluation(config)
-    assert report.overall.problems == 3
-    assert report.overall.accuracy == 0.0
-    assert 1 <= report.overall.mean_response_tokens <= 8
-    [written] = (tmp_path / "run" / "eval").glob("*.json")
-    assert json.loads(written.read_text())["overall"]["problems"] == 3
-    assert "avg@3, temperature 0.6, top-p 0.95" in capsys.readouterr().out
+    score = report.scores["problems"]
+    assert (score.problems, score.samples, score.avg.mean) == (3, 3, 0.0)
+    assert 1 <= score.mean_response_tokens <= 8
+    [folder] = (tmp_path / "run" / "eval").iterdir()
+    assert folder.name.startswith(f"{tiny_model.name}-version-")
+    assert len((folder / "problems.jsonl").read_text().splitlines()) == 3
+    assert "accuracy in %" in capsys.readouterr().out
+    written = (folder / "report.json").read_bytes()
+    assert run_evaluation(config).scores == report.scores
+    assert (folder / "report.json").read_bytes() == written
+    assert "nothing to do" in capsys.readouterr().out

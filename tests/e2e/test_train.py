@@ -1,12 +1,9 @@
 """The real train command with a real SGLang server, over several layouts."""
 
-import json
 import os
 import signal
 import subprocess
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,6 @@ from megatron_gppo.convert import convert_megatron_to_hf
 from megatron_gppo.metrics import TAGS
 from megatron_gppo.policy.checkpoint import folder_name
 from megatron_gppo.rollout.record import read_rollout, write_rollout
-from megatron_gppo.rollout.server import ManagedServer
 from megatron_gppo.weight_sync.endpoint import WeightEndpoint
 from tests.support.rollout import processes_below, wait_gone
 from tests.support.training import saved_weights, scalars, start_training, train, write_config
@@ -31,20 +27,6 @@ NOT_EVERY_STEP = {
     "memory/gpu_peak_gib",
     "samples",
 }
-
-
-@pytest.fixture
-def engine_url(server: ManagedServer, tiny_model: Path) -> Iterator[str]:
-    """The session's server, which gets its weights back at the end."""
-    yield server.url
-    body = {"model_path": str(tiny_model), "weight_version": "0", "flush_cache": True}
-    request = urllib.request.Request(
-        f"{server.url}/update_weights_from_disk",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as answer:
-        assert answer.status == 200
 
 
 @pytest.fixture(scope="module")

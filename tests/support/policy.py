@@ -12,7 +12,7 @@ from megatron_gppo.algorithm import loss_denominator, policy_loss
 from megatron_gppo.config import Config, parse_config
 from megatron_gppo.convert import Architecture, HfCheckpoint, parameters
 from megatron_gppo.convert.stacked_experts import unstack
-from megatron_gppo.datatypes import MicroBatch, Sample, ScoredBatch, UpdateBatch
+from megatron_gppo.datatypes import Sample, ScoredBatch, UpdateBatch
 from megatron_gppo.packing import pack_updates
 from megatron_gppo.policy import Policy, initialize_model_parallel
 

@@ -133,7 +133,14 @@ def test_schedules_in_yaml(tmp_path: Path) -> None:
         ({"train.steps": "many"}, ["train.steps = 'many'", "Fix: change train.steps"]),
         ({"train.steps": 1.5}, ["train.steps = 1.5"]),
         ({"train": 5}, ["train = 5"]),
-        ({"data.train": 5}, ["data.train = 5: input is not a valid path", "Fix: change data.train"]),
+        ({"data.train": 5}, ["data.train: 5 is not a path", "Fix: give a path"]),
+        ({"data.train": {"path": "a", "wieght": 2}}, ["data.train.0.wieght = 2", "did you mean weight?"]),
+        ({"eval.benchmarks": {"a": {"path": "b", "sampels": 2}}}, ["eval.benchmarks.a.sampels = 2", "mean samples?"]),
+        (
+            {"eval.benchmarks": {"a": "missing.yaml"}},
+            ["eval.benchmarks.a: missing.yaml: No such file", "benchmark file"],
+        ),
+        ({"reward.extra": {"a": {"function": "b:c", "wieght": 2}}}, ["reward.extra.a.wieght", "did you mean weight?"]),
         ({"optimizer.betas": [0.9]}, ["optimizer.betas.1"]),
         ({"rollout.server_args": {"tp": [1]}}, ["rollout.server_args.tp = [1]: input should be a valid string"]),
         # bounds
@@ -162,6 +169,28 @@ def test_schedules_in_yaml(tmp_path: Path) -> None:
         ({"parallel.sequence_parallel": True}, ["sequence_parallel = true needs tp > 1"]),
         ({"parallel.vpp": 2}, ["vpp = 2 needs pp > 1"]),
         ({"data.question_column": "question"}, ["data.question_column and data.answer_column"]),
+        (
+            {"data": {"prompt_column": "p", "question_column": "q", "train": "a"}},
+            ["prompt_column = p", "exclude each other"],
+        ),
+        ({"data.train": {"path": "a", "hub": "b/c"}}, ["path = a, hub = b/c", "set one of them"]),
+        ({"data.train": {"path": "a", "subset": "b"}}, ["subset = b is for hub"]),
+        ({"data.train": ["a", {"path": "b", "weight": 2}]}, ["weights = [None, 2.0]", "a weight, or none"]),
+        ({"data.eval": {"path": "b", "weight": 2}}, ["a weight has no meaning there", "data.eval"]),
+        (
+            {"data.decontamination_ngram": 9},
+            ["data.decontamination_ngram = 9 compares with nothing", "eval.benchmarks"],
+        ),
+        ({"eval.every": 5}, ["eval.every = 5", "nothing to evaluate on", "eval.benchmarks"]),
+        (
+            {"eval": {"every": 5, "benchmarks": {"a": {"path": "b"}}}, "rollout": {"mode": "replay", "replay": "c"}},
+            ["eval.every = 5 needs an engine"],
+        ),
+        (
+            {"reward.overlong": {"buffer_tokens": 20000}},
+            ["reward.overlong.buffer_tokens = 20000", "16384. Fix: lower it"],
+        ),
+        ({"reward.extra": {"format": {"function": "b:c"}}}, ["format is a part's name already"]),
         ({"rollout.mode": "external"}, ["urls = [] with mode = external", "rollout.urls"]),
         ({"rollout.urls": ["http://a:1"]}, ["urls = ['http://a:1'] with mode = managed"]),
         ({"rollout.mode": "replay"}, ["replay = None with mode = replay", "rollout.replay"]),
@@ -225,12 +254,11 @@ def test_what_is_allowed_only_together() -> None:
     assert parse(parallel={"tp": 2, "sequence_parallel": True}).parallel.sequence_parallel
     assert parse(parallel={"pp": 2, "vpp": 2}).parallel.vpp == 2
     assert parse(rollout={"mode": "external", "urls": ["http://10.0.0.5:30000"]}).rollout.urls
-    assert parse(rollout={"mode": "replay", "replay": "recorded"}, data={}).data.train is None
+    assert parse(rollout={"mode": "replay", "replay": "recorded"}, data={}).data.train == []
     assert parse(rollout={"host": "0.0.0.0", "api_key": "secret"}).rollout.api_key == "secret"
-    assert parse(data={"train": ["a.jsonl", "b.parquet"], "question_column": "q", "answer_column": "a"}).data.train == [
-        Path("a.jsonl"),
-        Path("b.parquet"),
-    ]
+    data = parse(data={"train": ["a.jsonl", Path("b.parquet")], "question_column": "q", "answer_column": "a"}).data
+    assert [source.path for source in data.train] == ["a.jsonl", "b.parquet"]
+    assert parse(data={"train": {"hub": "a/b", "split": "test"}}).data.train[0].label == "hub a/b"
     assert parse(algorithm={"objective": "dapo", "clip_high": 0.28}).algorithm.beta1 is None
 
 
@@ -322,6 +350,17 @@ def test_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
             "optimizer.lr": 1.1e-6,
             "rollout.server_args": {"mem_fraction_static": 0.8},
         },
+        {
+            "data.train": [
+                {"path": "a", "weight": 1},
+                {"hub": "b/c", "weight": 2, "question_column": "q", "answer_column": "a"},
+            ],
+            "eval.benchmarks": {
+                "math500": str(EXAMPLES / "benchmarks" / "math500.yaml"),
+                "mine": {"path": "d", "samples": 4},
+            },
+            "reward": {"overlong": {"buffer_tokens": 100}, "extra": {"brevity": {"function": "a:b", "weight": -0.5}}},
+        },
     ],
 )
 def test_dumped_config_loads_to_an_equal_one(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -345,4 +384,39 @@ def test_every_example_loads() -> None:
     paths = [path for pattern in ("*.yaml", "*.yml") for path in EXAMPLES.rglob(pattern)]
     assert paths, f"no configuration under {EXAMPLES}"
     for path in paths:
-        load_config(path)
+        if path.parent.name == "benchmarks":
+            parse(eval={"benchmarks": {path.stem: str(path)}})
+        else:
+            load_config(path)
+
+
+def test_the_papers_benchmarks() -> None:
+    """Samples and lengths of the paper's Section 4, from files that name the public data sets and their columns."""
+    files = {path.stem: str(path) for path in (EXAMPLES / "benchmarks").glob("*.yaml")}
+    benchmarks = parse(eval={"benchmarks": files}).eval.benchmarks
+    assert {name: (b.samples, b.max_response_tokens) for name, b in benchmarks.items()} == {
+        "aime24": (32, 32768),
+        "aime25": (32, 32768),
+        "hmmt25": (32, 16384),
+        "math500": (4, 16384),
+        "amc23": (32, 16384),
+    }
+    for benchmark in benchmarks.values():
+        assert (benchmark.temperature, benchmark.top_p) == (0.6, 0.95)
+        assert benchmark.hub
+        assert benchmark.split
+        assert benchmark.question_column
+        assert benchmark.answer_column
+        assert "boxed" in (benchmark.prompt_suffix or "")
+
+
+def test_a_benchmark_with_a_path_of_its_own_keeps_the_rest_of_its_base() -> None:
+    base = str(EXAMPLES / "benchmarks" / "amc23.yaml")
+    found = parse(eval={"benchmarks": {"amc": {"base": base, "path": "amc.jsonl", "samples": 8}}}).eval.benchmarks[
+        "amc"
+    ]
+    assert (found.path, found.hub, found.split, found.question_column, found.answer_column) == (
+        "amc.jsonl",
+        *[None] * 4,
+    )
+    assert (found.samples, found.max_response_tokens, found.temperature) == (8, 16384, 0.6)

@@ -5,12 +5,10 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_gppo.config import DataConfig
-from megatron_gppo.data import ROWS_PER_TOKENIZER_CALL, DataError, PromptSet, PromptStream, load_prompts, load_tokenizer
-from megatron_gppo.datatypes import Prompt
+from megatron_gppo.data import DataError, PromptSet, load_prompts, load_tokenizer
+from megatron_gppo.data.prompts import ROWS_PER_TOKENIZER_CALL
 from tests.support.tiny import make_tiny_tokenizer
 
 
@@ -53,7 +51,7 @@ def error_of(tokenizer: Any, *paths: Path, **config: Any) -> str:
 def test_chat_rows_become_prompts(tmp_path: Path, tokenizer):
     file = write_lines(tmp_path / "a.jsonl", [chat_row(), chat_row("2*(3+4)=", 14, data_source="products")])
     loaded = load(tokenizer, file)
-    assert (loaded.num_rows, loaded.num_too_long) == (2, 0)
+    assert (loaded.num_rows, loaded.dropped) == (2, {})
     first, second = loaded.prompts
     assert first.text == "<user>1+1=<assistant>"
     assert tokenizer.convert_ids_to_tokens(first.token_ids) == ["<user>", "1", "+", "1", "=", "<assistant>"]
@@ -69,11 +67,14 @@ def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path: Path, tokenize
     array.write_text("\ufeff" + json.dumps(rows, indent=1), encoding="utf-8")
     spaced = tmp_path / "spaced [x]*.jsonl"  # not a glob
     spaced.write_text("\ufeff\n" + "\r\n \r\n".join(json.dumps(row) for row in rows), encoding="utf-8", newline="")
-    lines = load(tokenizer, write_lines(tmp_path / "a.jsonl", rows))
-    assert load(tokenizer, write_lines(tmp_path / "lines.json", rows)) == lines
-    assert load(tokenizer, array) == lines
-    assert load(tokenizer, spaced) == lines
-    assert load(tokenizer, write_parquet(tmp_path / "a.parquet", rows)) == lines
+    lines = load(tokenizer, write_lines(tmp_path / "a.jsonl", rows)).prompts
+    assert load(tokenizer, write_lines(tmp_path / "lines.json", rows)).prompts == lines
+    assert load(tokenizer, array).prompts == lines
+    assert load(tokenizer, spaced).prompts == lines
+    assert load(tokenizer, write_parquet(tmp_path / "a.parquet", rows)).prompts == lines
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert load(tokenizer, tmp_path / "saved").prompts == lines
+    assert load(tokenizer, next((tmp_path / "saved").glob("*.arrow"))).prompts == lines
 
 
 def test_rows_are_counted_over_all_files(tmp_path: Path, tokenizer):
@@ -81,13 +82,15 @@ def test_rows_are_counted_over_all_files(tmp_path: Path, tokenizer):
     second = write_parquet(tmp_path / "b.parquet", [chat_row("2+2+2+2=", "8"), chat_row("5=", "5")])
     loaded = load(tokenizer, first, second, max_prompt_tokens=4)
     assert [(prompt.row, prompt.ground_truth) for prompt in loaded.prompts] == [(0, "1"), (2, "3"), (4, "5")]
-    assert (loaded.num_rows, loaded.num_too_long) == (5, 2)
+    assert (loaded.num_rows, loaded.dropped) == (5, {"too long": 2})
 
 
 def test_a_prompt_of_exactly_the_limit_stays(tmp_path: Path, tokenizer):
     file = write_lines(tmp_path / "a.jsonl", [chat_row("1+1=")])
     assert len(load(tokenizer, file, max_prompt_tokens=6).prompts[0].token_ids) == 6
-    assert "all 1 prompts are longer than data.max_prompt_tokens = 5" in error_of(tokenizer, file, max_prompt_tokens=5)
+    assert "none of 1 rows can be used: 1 too long. Fix: raise data.max_prompt_tokens (5)" in error_of(
+        tokenizer, file, max_prompt_tokens=5
+    )
 
 
 def test_plain_rows_by_the_names_of_their_columns(tmp_path: Path, tokenizer):
@@ -211,7 +214,11 @@ def test_a_bad_plain_row(tmp_path: Path, tokenizer, fields: dict[str, Any], word
         ("a.json", b'[{"prompt": ]', "not a valid JSON array"),
         ("a.json", b"[[]]", "row 1: holds a list, not an object"),
         ("a.jsonl", b"\n\n\xff\n", "line 3: not valid UTF-8"),
-        ("a.json", b'["\n\xff"]', "line 2: not valid UTF-8"),
+        ("a.json", b'[{"question": "\xff", "answer": 1}]', "row 1: question is not valid Unicode"),
+        ("a.jsonl", b'{"question": "\\ud83d", "answer": 1}', "line 1: question is not valid Unicode"),
+        ("a.jsonl", b"[" * 5000, "not a valid JSON array"),
+        ("a.jsonl", b'{"a":' * 5000, "line 1: nested too deeply"),
+        ("a.arrow", b"ARROW1, cut off", "not a readable Arrow stream file"),
         ("a.parquet", b"", "not a readable Parquet file"),
         ("a.parquet", b"PAR1, cut off", "not a readable Parquet file"),
         ("a.csv", b"question,answer\n", "unknown extension '.csv'"),
@@ -235,8 +242,9 @@ def test_a_cut_off_or_empty_parquet_file(tmp_path: Path, tokenizer):
 
 def test_a_missing_file_and_a_folder(tmp_path: Path, tokenizer):
     assert "no such file" in error_of(tokenizer, tmp_path / "missing.jsonl")
+    assert "no such file" in error_of(tokenizer, tmp_path / "*.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
-    assert "no such file" in error_of(tokenizer, tmp_path / "folder.jsonl")
+    assert "no .jsonl, .json, .parquet or .arrow file in this folder" in error_of(tokenizer, tmp_path / "folder.jsonl")
 
 
 def test_messages_that_the_chat_template_refuses(tmp_path: Path):
@@ -274,61 +282,3 @@ def test_load_tokenizer(tmp_path: Path, tokenizer):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"model\.hf_path = .*its tokenizer has no vocabulary\. Fix"):
         load_tokenizer(folder)
-
-
-def some_prompts(count: int) -> list[Prompt]:
-    return [Prompt(row=10 * n, token_ids=[n], text=str(n), ground_truth=str(n), data_source="s") for n in range(count)]
-
-
-@settings(deadline=None)
-@given(
-    count=st.integers(1, 20),
-    seed=st.integers(0, 2**70),
-    takes=st.lists(st.integers(0, 30), min_size=1, max_size=6),
-    shuffle=st.booleans(),
-)
-def test_a_stream_goes_on_exactly_from_its_position(count: int, seed: int, takes: list[int], shuffle: bool):
-    prompts = some_prompts(count)
-    whole = PromptStream(prompts, shuffle=shuffle, seed=seed).take(sum(takes))
-    stream = PromptStream(prompts, shuffle=shuffle, seed=seed)
-    taken: list[Prompt] = []
-    for n in takes:
-        taken += stream.take(n)
-        assert stream.position == len(taken)
-        stream = PromptStream(prompts, shuffle=shuffle, seed=seed, position=stream.position)
-    assert taken == whole
-
-
-@settings(deadline=None)
-@given(count=st.integers(1, 20), seed=st.integers(0, 2**70), shuffle=st.booleans())
-def test_every_epoch_has_every_prompt_once(count: int, seed: int, shuffle: bool):
-    prompts = some_prompts(count)
-    stream = PromptStream(prompts, shuffle=shuffle, seed=seed)
-    for _ in range(3):
-        epoch = stream.take(count)
-        assert sorted(prompt.row for prompt in epoch) == [prompt.row for prompt in prompts]
-        assert shuffle or epoch == prompts
-
-
-def test_orders_differ_by_epoch_and_by_seed_and_never_change():
-    prompts = some_prompts(8)
-
-    def rows(seed: int, position: int = 0) -> list[int]:
-        stream = PromptStream(prompts, shuffle=True, seed=seed, position=position)
-        return [prompt.token_ids[0] for prompt in stream.take(8)]
-
-    # Recorded values: a checkpoint of an older version must go on in the same order.
-    assert rows(seed=0) == RECORDED[0]
-    assert rows(seed=0, position=8) == RECORDED[1]
-    assert rows(seed=1) == RECORDED[2]
-    assert len({tuple(rows(seed, position)) for seed in range(5) for position in (0, 8, 16)}) == 15
-
-
-RECORDED = [[6, 3, 5, 0, 7, 2, 1, 4], [3, 1, 0, 4, 5, 6, 7, 2], [1, 6, 0, 3, 7, 4, 2, 5]]
-
-
-def test_a_stream_needs_prompts_and_a_position():
-    with pytest.raises(DataError, match="no prompts"):
-        PromptStream([], shuffle=True, seed=0)
-    with pytest.raises(ValueError, match="position = -1"):
-        PromptStream(some_prompts(1), shuffle=True, seed=0, position=-1)

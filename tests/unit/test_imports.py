@@ -18,6 +18,7 @@ EVERYTHING = {
     "drift",
     "entropy_trace",
     "errors",
+    "evaluate",
     "interrupts",
     "packing",
     "parallel",
@@ -25,6 +26,7 @@ EVERYTHING = {
     "policy",
     "rollout",
     "scalars",
+    "training_prompts",
     "weight_sync",
 }
 # Module or package -> what it may import of this one, beside itself. A new module needs a row.
@@ -48,11 +50,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": BASE | {"algorithm", "convert", "parallel"},
     "interrupts": set(),
     "drift": BASE | {"packing", "parallel"},
-    "errors": BASE | {"convert", "data", "rollout", "weight_sync"},
+    "evaluate": BASE | {"convert", "data", "parallel", "rollout"},
+    "training_prompts": BASE | {"data", "evaluate", "rollout"},
+    "preview": BASE | {"convert", "data", "evaluate", "rollout", "training_prompts"},
+    "errors": BASE | {"convert", "data", "evaluate", "rollout", "weight_sync"},
     "run": EVERYTHING,
     "train": EVERYTHING | {"run"},
-    "evaluate": EVERYTHING,
-    "cli": EVERYTHING | {"train", "evaluate"},
+    "cli": EVERYTHING | {"train", "preview"},
 }
 # Engine -> the only part that may import it.
 ENGINES = {"megatron": "policy", "sglang": "rollout"}

@@ -14,7 +14,7 @@ from megatron_gppo import metrics
 from megatron_gppo.algorithm import InForce, policy_loss
 from megatron_gppo.config import LossConfig
 from megatron_gppo.datatypes import EntropyPoint, Group, Outcome, Prompt, Response, Rollout, UpdateStats, Verdict
-from megatron_gppo.metrics import TAGS, MetricsLogger, Phases
+from megatron_gppo.metrics import TAG_FAMILIES, TAGS, MetricsLogger, Phases, is_documented
 from megatron_gppo.rollout.generate import COUNTS
 from megatron_gppo.scalars import (
     EVENTS,
@@ -363,5 +363,28 @@ def test_sample_texts() -> None:
 
 def test_the_readme_lists_every_tag_with_its_meaning() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for tag, meaning in TAGS.items():
+    for tag, meaning in {**TAGS, **TAG_FAMILIES}.items():
         assert f"| `{tag}` | {meaning.replace('|', chr(92) + '|')} |" in readme, tag
+
+
+def test_tags_with_a_name_in_them() -> None:
+    assert is_documented("eval/aime24/accuracy")
+    assert is_documented("reward_part/overlong")
+    assert not is_documented("eval/aime24/median")
+    assert not is_documented("eval/a/b/accuracy")
+
+
+def test_parts_of_a_reward(tmp_path: Path) -> None:
+    group = make_group(0, [1.0, 0.0], [1, 1])
+    verdicts = [Verdict(0.5, True, "scored", None, {"answer": 1.0, "overlong": -0.5})] * 2
+    rollout = Rollout([Group(group.prompt, group.responses, verdicts)], {}, {})
+    found = rollout_scalars(rollout)
+    assert (found["reward_part/answer"], found["reward_part/overlong"]) == (1.0, -0.5)
+    assert not any(tag.startswith("reward_part") for tag in rollout_scalars(make_rollout()))
+
+
+def test_an_evaluation_is_logged_at_its_step(tmp_path: Path) -> None:
+    with make_logger(tmp_path) as logger:
+        logger.log_evaluation(0, {"eval/aime24/accuracy": 0.25}, "evaluation at step 0: aime24 25.0 %")
+    (event,) = read_tensorboard(tmp_path).Scalars("eval/aime24/accuracy")
+    assert (event.step, event.value) == (0, 0.25)

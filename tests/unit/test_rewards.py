@@ -12,8 +12,9 @@ import pytest
 
 from megatron_gppo.config import RewardConfig
 from megatron_gppo.datatypes import Prompt, Response, Verdict
-from megatron_gppo.rollout.reward_worker import last_boxed
-from megatron_gppo.rollout.rewards import RewardError, RewardPool
+from megatron_gppo.rollout.answers import last_boxed
+from megatron_gppo.rollout.reward_pool import RewardError
+from megatron_gppo.rollout.rewards import Rewards
 
 # What users' modules look like to a worker. The response says what to do.
 USER_MODULE = """
@@ -80,12 +81,12 @@ def response(text: str) -> Response:
     return Response(token_ids=[1], logprobs=[0.0], text=text, finish_reason="stop", policy_version=0)
 
 
-def judge(pool: RewardPool, texts: list[str], ground_truth: str = "12", data_source: str = "test") -> list[Verdict]:
+def judge(pool: Rewards, texts: list[str], ground_truth: str = "12", data_source: str = "test") -> list[Verdict]:
     return asyncio.run(pool.judge(prompt(ground_truth, data_source), [response(text) for text in texts]))
 
 
-def user_pool(function: str, **config: float) -> RewardPool:
-    return RewardPool(RewardConfig(function=f"user_rewards:{function}", **config))
+def user_pool(function: str, **config: float) -> Rewards:
+    return Rewards(RewardConfig(function=f"user_rewards:{function}", **config))
 
 
 @pytest.fixture
@@ -150,36 +151,42 @@ def test_math_verify_judges_the_last_box():
         ("\\frac{1}{0}", "\\boxed{12}", False, "crash"),  # SymPy raises
     ]
 
-    async def judge_all(pool: RewardPool) -> list[list[Verdict]]:
+    async def judge_all(pool: Rewards) -> list[list[Verdict]]:
         return await asyncio.gather(*(pool.judge(prompt(truth), [response(text)]) for truth, text, _, _ in cases))
 
-    pool = RewardPool(RewardConfig(correct=2.0, incorrect=-1.0, timeout_s=60.0))
+    pool = Rewards(RewardConfig(correct=2.0, incorrect=-1.0, timeout_s=60.0))
     try:
         verdicts = asyncio.run(judge_all(pool))
     finally:
         pool.close()
     for (truth, text, correct, outcome), verdict in zip(cases, verdicts, strict=True):
-        assert verdict == [Verdict(2.0 if correct else -1.0, correct, outcome)], (truth, text)
+        (found,) = verdict
+        assert (found.reward, found.correct, found.outcome) == (2.0 if correct else -1.0, correct, outcome), (
+            truth,
+            text,
+        )
 
 
 def test_a_hang_in_sympy_is_killed_and_the_pool_goes_on(caplog: pytest.LogCaptureFixture):
-    pool = RewardPool(RewardConfig(workers=1, timeout_s=6.0))
+    pool = Rewards(RewardConfig(workers=1, timeout_s=6.0))
     try:
-        verdicts = judge(pool, ["\\boxed{12}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{11+1}", "\\boxed{13}"])
+        verdicts = judge(
+            pool, ["\\boxed{12}", "\\boxed{\\sum_{k=1}^{1000000000} \\frac{1}{k}}", "\\boxed{11+1}", "\\boxed{13}"]
+        )
         assert verdicts == [
-            Verdict(1.0, True, "scored"),
+            Verdict(1.0, True, "scored", "12"),
             Verdict(0.0, False, "timeout"),
-            Verdict(1.0, True, "scored"),
-            Verdict(0.0, False, "scored"),
+            Verdict(1.0, True, "scored", "11+1"),
+            Verdict(0.0, False, "scored", "13"),
         ]
     finally:
         pool.close()
     assert "prompt row 5" in caplog.text
-    assert "9^{9^{9^{9}}}" in caplog.text
+    assert "sum_{k=1}^{1000000000}" in caplog.text
 
 
 def test_an_unparsable_ground_truth_is_logged_and_an_unparsable_answer_is_not(caplog: pytest.LogCaptureFixture):
-    pool = RewardPool(RewardConfig(workers=1, timeout_s=60.0))
+    pool = Rewards(RewardConfig(workers=1, timeout_s=60.0))
     try:
         judge(pool, ["no box"])
         assert not caplog.records
@@ -211,7 +218,7 @@ def test_a_float_is_the_reward_and_a_bool_chooses_one():
     pool.close()
 
 
-def test_every_way_to_fail_is_told_apart_and_costs_no_other_response(obedient: RewardPool):
+def test_every_way_to_fail_is_told_apart_and_costs_no_other_response(obedient: Rewards):
     texts = ["fine", "sleep", "print", "exit", "fine", "raise", "nan", "inf", "none", "hang in C", "exit", "fine"]
     outcomes = {"fine": "scored", "print": "scored", "sleep": "timeout", "hang in C": "timeout"}
     for _ in range(2):
@@ -222,7 +229,7 @@ def test_every_way_to_fail_is_told_apart_and_costs_no_other_response(obedient: R
             assert verdict.reward == (1.0 if verdict.correct else -1.0)
 
 
-def test_the_first_traceback_is_logged_and_only_that(obedient: RewardPool, caplog: pytest.LogCaptureFixture):
+def test_the_first_traceback_is_logged_and_only_that(obedient: Rewards, caplog: pytest.LogCaptureFixture):
     judge(obedient, ["raise", "raise"])
     judge(obedient, ["raise"])
     (record,) = caplog.records
@@ -293,13 +300,13 @@ def test_a_worker_loads_neither_torch_nor_megatron():
 )
 def test_a_function_that_cannot_be_used_is_refused_at_the_start(function: str, words: list[str]):
     with pytest.raises(RewardError) as refusal:
-        RewardPool(RewardConfig(function=function))
+        Rewards(RewardConfig(function=function))
     for word in [f"reward.function = {function}", "Fix:", *words]:
         assert word in str(refusal.value)
     assert not reward_workers(os.getpid())
 
 
-def test_a_cancelled_judge_leaves_the_pool_usable(obedient: RewardPool):
+def test_a_cancelled_judge_leaves_the_pool_usable(obedient: Rewards):
     async def cancel() -> None:
         task = asyncio.create_task(obedient.judge(prompt(), [response("sleep")] * 2 + [response("fine")] * 20))
         await asyncio.sleep(0.1)
@@ -357,9 +364,9 @@ KILLED_TRAINER = """
 import asyncio, sys
 from megatron_gppo.config import RewardConfig
 from megatron_gppo.datatypes import Prompt, Response
-from megatron_gppo.rollout.rewards import RewardPool
+from megatron_gppo.rollout.rewards import Rewards
 
-pool = RewardPool(RewardConfig(function="user_rewards:obey", workers=3, timeout_s=1000.0))
+pool = Rewards(RewardConfig(function="user_rewards:obey", workers=3, timeout_s=1000.0))
 prompt = Prompt(0, [1], "?", "12", sys.argv[1])
 responses = [Response([1], [0.0], f"{how} noting pid", "stop", 0) for how in ("hang in C", "sleep")]
 asyncio.run(pool.judge(prompt, responses))

@@ -1,0 +1,128 @@
+"""Generation and judging of all benchmarks on some engines, at once: their long tails overlap."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_gppo.config import RewardConfig, RolloutConfig
+from megatron_gppo.datatypes import Prompt
+from megatron_gppo.evaluate.benchmarks import Benchmark
+from megatron_gppo.evaluate.records import Records
+from megatron_gppo.evaluate.report import Report, score, write_report
+from megatron_gppo.rollout.engine import Engine
+from megatron_gppo.rollout.generate import GroupGenerator, Judge, Progress, RolloutCancelled
+
+
+class Evaluator:
+    """Evaluates whatever weights the engines hold. Draws no random numbers in this process, so training around it is
+    what it would have been."""
+
+    def __init__(
+        self,
+        rollout: RolloutConfig,
+        reward: RewardConfig,
+        engines: Sequence[Engine],
+        judge: Judge,
+        benchmarks: Sequence[Benchmark],
+    ) -> None:
+        self._rollout = rollout
+        self._reward = reward
+        self._engines = engines
+        self._judge = judge
+        self._benchmarks = benchmarks
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelled = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the records depend on, beside the model."""
+        judged_by = self._reward.model_dump(include={"function", "scope", "after_think", "correct_above"})
+        return {"reward": judged_by, "benchmarks": {of.name: of.settings for of in self._benchmarks}}
+
+    def run(
+        self,
+        folder: Path,
+        model: str,
+        identity: Mapping[str, Any],
+        *,
+        policy_version: int | None = None,
+        on_progress: Progress = lambda done, wanted: None,
+    ) -> Report:
+        """Evaluates all problems that the folder has no records of yet, and writes the report there.
+
+        identity: what tells the model from others, so that no records of another one are taken for its own.
+        policy_version: demanded of the engines' weights, unless None. Raises EngineError, RewardError, EvaluationError,
+        and RolloutCancelled.
+        """
+        records = Records(folder, {"model": dict(identity), **self.settings}, [of.name for of in self._benchmarks])
+        started = time.monotonic()
+        counts, seconds = asyncio.run(self._cancellable(records, policy_version, on_progress))
+        seconds["total"] = time.monotonic() - started
+        scores = {of.name: score(of, records.results[of.name]) for of in self._benchmarks}
+        report = Report(model, scores, dict(counts), seconds)
+        write_report(folder, report)
+        return report
+
+    def cancel(self) -> None:
+        """Makes run(), now or later, raise RolloutCancelled soon. Safe to call from a signal handler."""
+        self._cancelled = True
+        if (task := self._task) is not None:
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    async def _cancellable(
+        self, records: Records, policy_version: int | None, on_progress: Progress
+    ) -> tuple[Counter[str], dict[str, float]]:
+        self._task = asyncio.current_task()
+        try:
+            if self._cancelled:
+                raise RolloutCancelled
+            return await self._generate(records, policy_version, on_progress)
+        except asyncio.CancelledError:
+            if self._cancelled:
+                raise RolloutCancelled from None
+            raise
+        finally:
+            self._task = None
+
+    async def _generate(
+        self, records: Records, policy_version: int | None, on_progress: Progress
+    ) -> tuple[Counter[str], dict[str, float]]:
+        # As many responses in flight as in training.
+        responses = self._rollout.concurrency * self._rollout.responses_per_prompt
+        per_engine = max(1, responses // max(benchmark.samples for benchmark in self._benchmarks))
+        free = asyncio.Semaphore(per_engine * len(self._engines))
+        wanted = sum(len(benchmark.prompts) for benchmark in self._benchmarks)
+        done = sum(map(len, records.results.values()))
+
+        async def answer(benchmark: Benchmark, generator: GroupGenerator, prompt: Prompt) -> None:
+            nonlocal done
+            async with free:
+                group = await generator.group(prompt)
+            records.add(benchmark.name, group)
+            done += 1
+            on_progress(done, wanted)
+
+        on_progress(done, wanted)
+        generators, work = [], []
+        for benchmark in self._benchmarks:
+            generator = GroupGenerator(
+                self._engines,
+                self._judge,
+                benchmark.sampling,
+                benchmark.samples,
+                concurrency=per_engine,
+                policy_version=policy_version,
+            )
+            generators.append(generator)
+            known = records.results[benchmark.name]
+            work += [answer(benchmark, generator, prompt) for prompt in benchmark.prompts if prompt.row not in known]
+        await generators[0].all(work)  # connects the engines, which all share
+        counts: Counter[str] = Counter()
+        for generator in generators:
+            counts.update(generator.counts)
+        return counts, {
+            phase: sum(generator.seconds[phase] for generator in generators) for phase in generators[0].seconds
+        }
