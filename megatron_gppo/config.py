@@ -5,6 +5,7 @@ raise ConfigError, which names the field, the value and the fix, before any GPU 
 """
 
 import difflib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
 
@@ -73,8 +74,8 @@ class ParallelConfig(Section):
     """Pipeline-parallel size."""
     vpp: PositiveInt | None = None
     """Model chunks per pipeline rank (interleaved 1F1B). None is plain 1F1B."""
-    cp: Literal[1] = 1
-    """Context-parallel size; larger ones are not supported yet."""
+    cp: PositiveInt = 1
+    """Context-parallel size: every sequence is cut over so many ranks, for responses whose activations one cannot hold."""
     ep: PositiveInt = 1
     """Expert-parallel size, for models with experts. It takes no ranks of its own: a pipeline stage's ranks share out the experts."""
     sequence_parallel: bool = False
@@ -87,6 +88,16 @@ class ParallelConfig(Section):
         if self.vpp is not None and self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp = {self.vpp} needs pp > 1. Fix: remove parallel.vpp or raise parallel.pp")
         return self
+
+    @property
+    def sequence_alignment(self) -> int:
+        """Packed sequences are padded to a multiple of this: context parallelism cuts each into 2 * cp equal chunks."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def row_alignment(self) -> int:
+        """Packed rows are padded to a multiple of this: sequence parallelism cuts each cp rank's part over tp ranks."""
+        return math.lcm(self.sequence_alignment, self.cp * (self.tp if self.sequence_parallel else 1))
 
 
 class ColumnsConfig(Section):
@@ -334,7 +345,7 @@ class TrainConfig(Section):
     prompts_per_update: PositiveInt = 16
     """Groups in one optimizer step; rollout.prompts_per_step / this is the updates per step."""
     tokens_per_microbatch: PositiveInt = 32768
-    """Most packed tokens in one forward pass of one data-parallel rank."""
+    """Most packed tokens in one forward pass of one data-parallel rank, whose context-parallel ranks share them out."""
     mask_truncated: bool = False
     """Leave responses cut at rollout.max_response_tokens out of the loss. Their rewards still shape their group's."""
     recompute: Literal["none", "full"] = "none"

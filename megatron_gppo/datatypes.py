@@ -14,7 +14,7 @@ Packed alone with an alignment of 8 it becomes (T = 8, "." is padding, "x" is ig
     position_ids  0  1  2  3  4  5  6  7
     targets       x  x  x  8  1  x  x  x      the token that follows
     loss_mask     0  0  0  1  1  0  0  0      true where a response token is predicted (EOS included)
-    cu_seqlens    [0, 8]                      padding belongs to the last sequence: causal attention hides it
+    cu_seqlens    [0, 8]                      padding is the end of its sequence: causal attention hides it
 """
 
 from dataclasses import dataclass, field
@@ -99,7 +99,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Samples packed into one row for one forward pass. Tensors are on the CPU until the policy moves them."""
+    """Samples packed into one row for one forward pass. Tensors are on the CPU until the policy moves them, and whole
+    until it cuts them over context-parallel ranks."""
 
     input_ids: torch.Tensor  # [T] int64
     position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
@@ -138,7 +139,7 @@ class ScoredBatch:
 class UpdateStats:
     """What one optimizer step did. Equal on every rank."""
 
-    sums: dict[str, float]  # policy_loss's metrics, summed over all micro-batches and data-parallel ranks
+    sums: dict[str, float]  # policy_loss's metrics, summed over all micro-batches and ranks
     maxima: dict[str, float]  # likewise, by maximum
     ratio_histogram: list[float]  # likewise, policy_loss's counts of tokens by ratio
     num_loss_tokens: int

@@ -7,8 +7,9 @@ Invariants, for every update:
    with an empty response) is in none, since a forward pass over it could change nothing.
 2. Every rank has the same number of micro-batches, a multiple of microbatches_multiple_of; it is the smallest into
    which the samples fit, either spread by cost or by first-fit decreasing.
-3. No micro-batch has more than tokens_per_microbatch tokens, and each length is the sum of its sequences rounded up to
-   the next multiple of alignment.
+3. No micro-batch has more than tokens_per_microbatch tokens. Each sequence is rounded up to the next multiple of
+   sequence_alignment, and their sum to the next multiple of alignment, which is a multiple of sequence_alignment.
+   Padding follows its sequence, and the row's follows the last one: causal attention hides it.
 4. loss_mask is true exactly where a response token of a sample is predicted, once for each; the counts of UpdateBatch
    are those of the update's samples, whatever the division.
 5. A rank that would have too few samples gets fillers: one sequence of alignment tokens, all outside the loss. An
@@ -38,16 +39,19 @@ def pack_updates(
     dp_size: int,
     tokens_per_microbatch: int,
     alignment: int,
+    sequence_alignment: int = 1,
     microbatches_multiple_of: int = 1,
 ) -> list[UpdateBatch]:
     """Divides a step's samples into updates, and each update into micro-batches; returns this rank's.
 
     Groups, in order of first appearance, form updates of groups_per_update; the last update may have fewer, and its
     counts are then its own. Samples are divided over ranks and micro-batches so that their costs are about equal.
+    Context-parallel ranks have the same dp_rank, and so the same micro-batches; the policy cuts these where it runs them.
 
     Raises ValueError for a sample that does not fit into a micro-batch, and for a budget below the alignment.
     """
-    assert min(groups_per_update, alignment, microbatches_multiple_of) >= 1
+    assert min(groups_per_update, sequence_alignment, microbatches_multiple_of) >= 1
+    assert alignment % sequence_alignment == 0
     assert 0 <= dp_rank < dp_size
     if tokens_per_microbatch < alignment:
         raise ValueError(
@@ -67,6 +71,7 @@ def pack_updates(
             dp_size=dp_size,
             capacity=capacity,
             alignment=alignment,
+            sequence_alignment=sequence_alignment,
             microbatches_multiple_of=microbatches_multiple_of,
         )
         for start in range(0, len(groups), groups_per_update)
@@ -108,15 +113,17 @@ def _pack_update(
     dp_size: int,
     capacity: int,
     alignment: int,
+    sequence_alignment: int,
     microbatches_multiple_of: int,
 ) -> UpdateBatch:
     group_tokens = {samples[group[0]].group: sum(_loss_tokens(samples[i]) for i in group) for group in groups}
     indices = [i for group in groups for i in group if _loss_tokens(samples[i])]
     lengths = np.array([len(samples[i].prompt_ids) + len(samples[i].response_ids) for i in indices], dtype=np.int64)
+    lengths = -(-lengths // sequence_alignment) * sequence_alignment
     division = _divide(lengths, dp_size, capacity, microbatches_multiple_of)
     return UpdateBatch(
         microbatches=[
-            _pack_microbatch(samples, [indices[j] for j in members], group_tokens, alignment)
+            _pack_microbatch(samples, [indices[j] for j in members], group_tokens, alignment, sequence_alignment)
             if members
             else _filler(alignment)
             for members in division[dp_rank]
@@ -189,24 +196,28 @@ def _spread(
 
 
 def _pack_microbatch(
-    samples: Sequence[Sample], indices: list[int], group_tokens: dict[int, int], alignment: int
+    samples: Sequence[Sample],
+    indices: list[int],
+    group_tokens: dict[int, int],
+    alignment: int,
+    sequence_alignment: int,
 ) -> MicroBatch:
     packed = [samples[i] for i in indices]
     prompt_lengths = np.array([len(sample.prompt_ids) for sample in packed])  # [S]
     response_lengths = np.array([len(sample.response_ids) for sample in packed])  # [S]
-    ends = np.cumsum(prompt_lengths + response_lengths)  # [S], without padding
-    starts = ends - prompt_lengths - response_lengths  # [S]
+    lengths = prompt_lengths + response_lengths  # [S], without padding
+    ends = np.cumsum(-(-lengths // sequence_alignment) * sequence_alignment)  # [S]
     num_tokens = int(-(-ends[-1] // alignment) * alignment)  # T
-    cu_seqlens = np.append(starts, num_tokens).astype(np.int32)  # [S+1]; the last sequence takes the padding
+    cu_seqlens = np.append(0, ends).astype(np.int32)  # [S+1]
+    cu_seqlens[-1] = num_tokens  # the last sequence takes the row's padding
+    starts = cu_seqlens[:-1]
 
     input_ids = np.zeros(num_tokens, dtype=np.int64)
-    input_ids[: ends[-1]] = np.concatenate(
+    input_ids[_runs(starts, lengths)] = np.concatenate(
         [ids for sample in packed for ids in (sample.prompt_ids, sample.response_ids)]
     )
-    # The prompt's last token predicts the first of the response; [number of loss tokens] positions, sequence by sequence.
-    first_loss = starts + prompt_lengths - 1
-    offsets = np.cumsum(response_lengths) - response_lengths
-    loss_positions = np.arange(response_lengths.sum()) + np.repeat(first_loss - offsets, response_lengths)
+    # The prompt's last token predicts the first of the response.
+    loss_positions = _runs(starts + prompt_lengths - 1, response_lengths)  # [number of loss tokens]
 
     targets = np.zeros(num_tokens, dtype=np.int64)
     targets[loss_positions] = np.concatenate([sample.response_ids for sample in packed])
@@ -229,6 +240,12 @@ def _pack_microbatch(
         correct=torch.tensor([sample.correct for sample in packed]),
         sample_indices=indices,
     )
+
+
+def _runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[S], [S] -> [sum of lengths]: starts[0], starts[0] + 1, ... for lengths[0] numbers, then from starts[1], and so on."""
+    offsets = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - offsets, lengths)
 
 
 def _filler(num_tokens: int) -> MicroBatch:

@@ -29,6 +29,9 @@ class ParallelState:
     pp_group: dist.ProcessGroup | None
     dp_group: dist.ProcessGroup | None
     control_group: dist.ProcessGroup | None  # gloo, all ranks: Python objects and small CPU tensors
+    cp_rank: int = 0
+    cp_size: int = 1
+    cp_group: dist.ProcessGroup | None = None
     # A pipeline stage's ranks share out the experts: ep_size neighbours have one copy of them, the next neighbours another.
     ep_rank: int = 0
     ep_size: int = 1
@@ -38,6 +41,11 @@ class ParallelState:
     @property
     def is_last_pp_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank speaks for those with the same weights, its peers in data and context parallelism."""
+        return self.dp_rank == 0 and self.cp_rank == 0
 
     def from_rank_0(self, action: Callable[[], T]) -> T:
         """Runs it on rank 0 and returns its result on every rank.

@@ -50,7 +50,7 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
         usable = max(world_size // model_ranks, 1) * model_ranks
         raise ConfigError(
             f"world size = {world_size} is not a multiple of parallel.tp * parallel.pp * parallel.cp = {layout.tp} * {layout.pp} * "
-            f"{layout.cp} = {model_ranks}. Fix: start e.g. {usable} ranks (torchrun --nproc-per-node), or change parallel.tp or parallel.pp"
+            f"{layout.cp} = {model_ranks}. Fix: start e.g. {usable} ranks (torchrun --nproc-per-node), or change parallel.tp, parallel.pp or parallel.cp"
         )
     try:
         architecture.check_layout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep)
@@ -74,16 +74,15 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
         raise ConfigError(
             f"train.prompts_per_update = {config.train.prompts_per_update} x rollout.responses_per_prompt = {responses} are {samples_per_update} "
             f"samples an update, too few for {dp} data-parallel ranks. Fix: raise train.prompts_per_update to at least {-(-dp // responses)}, "
-            f"raise parallel.tp or parallel.pp, or start fewer ranks"
+            f"raise parallel.tp, parallel.pp or parallel.cp, or start fewer ranks"
         )
-    # Sequence parallelism rounds micro-batches to a multiple of tp.
-    budget = config.train.tokens_per_microbatch
-    usable_budget = budget - budget % (layout.tp if layout.sequence_parallel else 1)
+    budget, alignment = config.train.tokens_per_microbatch, layout.row_alignment
+    usable_budget = budget - budget % alignment
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > usable_budget:
         raise ConfigError(
-            f"train.tokens_per_microbatch = {budget} is {usable_budget} under parallel.sequence_parallel, which rounds it down to a multiple of "
-            f"parallel.tp = {layout.tp}, and cannot hold one sample of {longest} tokens. Fix: raise it to {-(-longest // layout.tp) * layout.tp}"
+            f"train.tokens_per_microbatch = {budget} holds {usable_budget} at the alignment of {alignment} that sequence and context parallelism "
+            f"need, too few for one sample of {longest} tokens. Fix: raise it to {-(-longest // alignment) * alignment}"
         )
     if longest > architecture.max_position_embeddings:
         raise ConfigError(
@@ -91,7 +90,7 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
             f"= {longest} tokens, more than max_position_embeddings = {architecture.max_position_embeddings} of the model. Fix: lower either"
         )
 
-    replicas = (dp, ranks_per_stage // layout.ep) if config.optimizer.distributed else (1, 1)
+    replicas = (dp * layout.cp, ranks_per_stage // layout.ep) if config.optimizer.distributed else (1, 1)
     fullest = max((_parameters_of_stage(architecture, stage, config) for stage in range(layout.pp)), key=sum)
     return Plan(
         config=config,
@@ -114,7 +113,8 @@ def render(plan: Plan) -> str:
     bf16 = config.model.dtype == "bf16"
     tokens = plan.samples_per_update * plan.longest_sample
     optimizer = "fp32 master weights and two moments" if bf16 else "two fp32 moments"
-    sharded = f", sharded over dp {plan.dp}" if config.optimizer.distributed and plan.dp > 1 else ""
+    over = f"dp {plan.dp}" + (f" x cp {layout.cp}" if layout.cp > 1 else "")
+    sharded = f", sharded over {over}" if config.optimizer.distributed and plan.dp * layout.cp > 1 else ""
     pipeline = f", {layout.vpp} chunks a pipeline rank" if layout.vpp and layout.vpp > 1 else ""
     experts = f", experts shared out among {layout.ep}" if layout.ep > 1 else ""
     rows = [

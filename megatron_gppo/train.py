@@ -60,6 +60,7 @@ def train_step(run: Run, done: Progress) -> Progress | None:
             dp_size=parallel.dp_size,
             tokens_per_microbatch=config.train.tokens_per_microbatch,
             alignment=policy.alignment,
+            sequence_alignment=policy.sequence_alignment,
             microbatches_multiple_of=policy.microbatches_multiple_of,
         )
         batches = policy.add_old_logprobs(updates)

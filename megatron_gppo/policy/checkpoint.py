@@ -208,6 +208,7 @@ def _layout(parallel: ParallelState) -> dict[str, int]:
         "world_size": parallel.world_size,
         "tp": parallel.tp_size,
         "pp": parallel.pp_size,
+        "cp": parallel.cp_size,
         "ep": parallel.ep_size,
     }
 

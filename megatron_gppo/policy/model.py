@@ -76,6 +76,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         tensor_model_parallel_size=config.parallel.tp,
         pipeline_model_parallel_size=config.parallel.pp,
         virtual_pipeline_model_parallel_size=_vpp(config),
+        context_parallel_size=config.parallel.cp,
         sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

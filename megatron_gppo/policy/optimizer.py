@@ -19,7 +19,7 @@ from megatron_gppo.policy.optimizer_checkpoint import mend
 
 
 def wrap_data_parallel(chunks: Sequence[PolicyModel], config: Config) -> list[DistributedDataParallel]:
-    """Gives each chunk fp32 gradient buffers that are summed, not averaged, over data-parallel ranks."""
+    """Gives each chunk fp32 gradient buffers that are summed, not averaged, over data- and context-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.optimizer.distributed,

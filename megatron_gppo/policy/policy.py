@@ -129,8 +129,13 @@ class Policy:
 
     @property
     def alignment(self) -> int:
-        """Packed rows are a multiple of this: sequence parallelism cuts them over tensor-parallel ranks."""
-        return self.parallel.tp_size if self.config.parallel.sequence_parallel else 1
+        """Packed rows are a multiple of this."""
+        return self.config.parallel.row_alignment
+
+    @property
+    def sequence_alignment(self) -> int:
+        """Each sequence in them is a multiple of this."""
+        return self.config.parallel.sequence_alignment
 
     @property
     def microbatches_multiple_of(self) -> int:

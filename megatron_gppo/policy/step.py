@@ -3,13 +3,14 @@
 Two hazards have their home here.
 
 Loss scaling. policy_loss divides by the update's global count, so the gradient of an update is the plain sum over
-micro-batches and data-parallel ranks, and Megatron must divide by nothing. That holds because the loss function
-returns three values (two would be divided by the number of micro-batches), num_tokens is an int (its running sum is
-never used), calculate_per_token_loss is on (no division by it, no 1/DP in the gradient buffers), and
+micro-batches, data-parallel ranks and context-parallel parts, and Megatron must divide by nothing. That holds because the loss function
+returns three values (two would be multiplied by cp and divided by the number of micro-batches), num_tokens is an int (its running sum is
+never used), calculate_per_token_loss is on (no division by it, no 1/(DP * CP) in the gradient buffers), and
 finalize_gradients withholds num_tokens from finalize_model_grads (no division at the end).
 
-Log-probs exist only on the last pipeline stage. score() sends them to all stages, and update() the statistics, so
-callers never ask which stage they are on.
+Log-probs exist only on the last pipeline stage, and each context-parallel rank has those of its part. score() puts rows
+together and sends them to all stages, and accumulate_gradients() the statistics, so callers never ask where they are:
+outside of this module and the model a micro-batch is always a whole row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from megatron_gppo.algorithm import LossOutput, linear_logprobs_and_entropy, los
 from megatron_gppo.config import LossConfig
 from megatron_gppo.datatypes import MicroBatch, ScoredBatch
 from megatron_gppo.parallel import ParallelState
+from megatron_gppo.policy.context_parallel import own_part, own_tokens, whole_rows
 from megatron_gppo.policy.interleaving import interleaved_arguments
 from megatron_gppo.policy.model import PolicyModel
 
@@ -58,7 +60,7 @@ class Network:
 
 
 class LossSums(NamedTuple):
-    """LossOutput over an update: all micro-batches and data-parallel ranks."""
+    """LossOutput over an update: all micro-batches, data- and context-parallel ranks."""
 
     loss: float
     sums: dict[str, float]
@@ -78,6 +80,8 @@ def score(network: Network, microbatches: Sequence[MicroBatch]) -> list[torch.Te
 
     outputs = _run_schedule(network, microbatches, collect, forward_only=True)
     parallel = network.parallel
+    if parallel.is_last_pp_stage:
+        outputs = whole_rows(outputs, microbatches, parallel)
     if parallel.pp_size == 1:
         return [output.cpu() for output in outputs]
     lengths = [len(batch.targets) for batch in microbatches]
@@ -93,17 +97,20 @@ def accumulate_gradients(
     network: Network, batch: ScoredBatch, config: LossConfig, max_response_tokens: int
 ) -> LossSums:
     """Adds the update's gradient to the chunks' main gradients. Returns what policy_loss saw, equal on every rank."""
-    update = batch.update
+    update, parallel = batch.update, network.parallel
     denominator = loss_denominator(config, update, max_response_tokens=max_response_tokens)
 
     def loss(
         model: PolicyModel, index: int, packed: MicroBatch, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, int, LossOutput]:
+        def own(scored: Sequence[torch.Tensor]) -> torch.Tensor:
+            return own_tokens(scored[index], update.microbatches[index].cu_seqlens, parallel).to(hidden.device)
+
         logprobs, entropy = network.logprobs_and_entropy(model, hidden, packed.targets, True, config.entropy_coef > 0)
         output = policy_loss(
             config,
             logprobs=logprobs,
-            old_logprobs=batch.old_logprobs[index].to(logprobs.device),
+            old_logprobs=own(batch.old_logprobs),
             advantages=packed.advantages,
             loss_mask=packed.loss_mask,
             denominator=denominator,
@@ -111,15 +118,16 @@ def accumulate_gradients(
             sequence_lengths=packed.sequence_lengths,
             group_lengths=packed.group_lengths,
             entropy=entropy,
-            ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[index].to(logprobs.device),
+            ref_logprobs=None if batch.ref_logprobs is None else own(batch.ref_logprobs),
             rollout_logprobs=packed.rollout_logprobs,
             correct=packed.correct,
             num_correct_tokens=update.num_correct_tokens,
+            cp_group=parallel.cp_group if parallel.cp_size > 1 else None,
         )
         return output.loss, 1, replace(output, loss=output.loss.detach())
 
     outputs = _run_schedule(network, update.microbatches, loss, forward_only=False)
-    return _reduce(outputs, network.parallel)
+    return _reduce(outputs, parallel)
 
 
 def finalize_gradients(
@@ -132,18 +140,21 @@ def finalize_gradients(
 def _run_schedule(
     network: Network, microbatches: Sequence[MicroBatch], output_function: Callable[..., Any], *, forward_only: bool
 ) -> list[Any]:
-    """One pass of all micro-batches. On the last stage: what output_function returned for each, in order; else []."""
+    """One pass of all micro-batches. On the last stage: what output_function returned for each, in order; else [].
+
+    output_function(model, index, batch, hidden) sees this rank's part of the micro-batch, on the device.
+    """
 
     def forward_step(
         batches: Iterator[tuple[int, MicroBatch]], model: DistributedDataParallel
     ) -> tuple[torch.Tensor, Any]:
-        index, batch = next(batches)
-        batch = _to_device(batch)
+        index, row = next(batches)
+        batch = _to_device(own_part(row, network.parallel))
         hidden = model(
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             attention_mask=None,
-            packed_seq_params=_packed_seq_params(batch),
+            packed_seq_params=_packed_seq_params(row, network.parallel),
         )
         return hidden, partial(output_function, model.module, index, batch)
 
@@ -171,28 +182,36 @@ def _to_device(batch: MicroBatch) -> MicroBatch:
     return MicroBatch(**values | {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
-def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams:
-    longest = int(batch.cu_seqlens.diff().max())
+def _packed_seq_params(row: MicroBatch, parallel: ParallelState) -> PackedSeqParams:
+    """Bounds and longest length of the whole row's sequences, also where a rank holds a part of each."""
+    cu_seqlens = row.cu_seqlens.to(torch.cuda.current_device(), non_blocking=True)
+    longest = int(row.cu_seqlens.diff().max())
+    # TransformerEngine asks for them under context parallelism. Here padding is the end of its sequence, where causal
+    # attention hides it, so they are the bounds.
+    padded = cu_seqlens if parallel.cp_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
 
 
 def _reduce(outputs: list[LossOutput], parallel: ParallelState) -> LossSums:
-    """Adds the last stage's outputs over micro-batches and data-parallel ranks, and tells all stages."""
+    """Adds the last stage's outputs over micro-batches, data- and context-parallel ranks, and tells all stages."""
     result: list[Any] = [None]
     if parallel.is_last_pp_stage:
         first = outputs[0]
         sums = torch.stack([_flat(output.loss, *output.metrics.values(), output.ratio_histogram) for output in outputs])
         maxima = torch.stack([_flat(*output.maxima.values()) for output in outputs])
         sums, maxima = sums.sum(0), maxima.amax(0)
-        if parallel.dp_size > 1:
-            dist.all_reduce(sums, group=parallel.dp_group)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=parallel.dp_group)
+        for size, group in ((parallel.dp_size, parallel.dp_group), (parallel.cp_size, parallel.cp_group)):
+            if size > 1:
+                dist.all_reduce(sums, group=group)
+                dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
         loss, *values = sums.tolist()
         metrics, histogram = values[: len(first.metrics)], values[len(first.metrics) :]
         result = [

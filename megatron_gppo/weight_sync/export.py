@@ -12,7 +12,7 @@ Invariants
   stage, expert-parallel rank. Each HF tensor of the model is in exactly one of them. The embedding that tied models copy to
   their last stage is taken from the first.
 - A bucket holds at most `bucket_bytes`, unless it is a single parameter that is larger.
-- Only data-parallel replica 0 and copy 0 of the experts take part; other ranks return at once.
+- Only the first copy of the weights, and of the experts, takes part; the others return at once.
 - A rank holds a bucket's shards, their joined form and the bucket at a time, never the model.
 """
 
@@ -71,9 +71,9 @@ class Exporter:
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
-        assert (parallel.rank == 0) == (parallel.tp_rank == parallel.pp_rank == parallel.dp_rank == 0)
-        if parallel.tp_rank == parallel.dp_rank == 0:
-            assert parallel.ep_rank == parallel.expert_dp_rank == 0
+        is_stage_root = parallel.tp_rank == 0 and parallel.is_first_copy
+        assert (parallel.rank == 0) == (parallel.pp_rank == 0 and is_stage_root)
+        assert not is_stage_root or parallel.ep_rank == parallel.expert_dp_rank == 0
         self._parallel = parallel
         self._dtype = dtype
         self._plan = _plan(parameters, _owners(parameters, shards, parallel), dtype, bucket_bytes)
@@ -93,13 +93,13 @@ class Exporter:
         """
         parallel = self._parallel
         device = next(iter(shards.values())).device
-        is_stage_root = parallel.tp_rank == 0 and parallel.dp_rank == 0
+        is_stage_root = parallel.tp_rank == 0 and parallel.is_first_copy
         for part in self._plan:
             bucket = None
             if part.owner.stage == parallel.pp_rank:
                 if part.owner.ep_rank is not None:
                     bucket = self._experts(part, shards, is_stage_root, device)
-                elif parallel.dp_rank == 0:
+                elif parallel.is_first_copy:
                     bucket = self._join(part, shards)
             if part.owner.stage != 0 and is_stage_root:
                 bucket = self._send_to_first_stage(part, bucket, device)
@@ -211,7 +211,7 @@ def _owners(
     for name in shards:
         if name in experts and parallel.expert_dp_rank == 0:
             mine.append((name, parallel.pp_rank, parallel.ep_rank))
-        elif name not in experts and parallel.dp_rank == 0:
+        elif name not in experts and parallel.is_first_copy:
             mine.append((name, parallel.pp_rank, None))
     found = parallel.gather((mine, _mistakes(parameters, shards, parallel)))
 

@@ -77,11 +77,20 @@ def load_and_step(rank: int, hf_folder: Path, folder: Path, layouts: list[str], 
     return results
 
 
-@pytest.mark.parametrize(("saved_as", "distributed"), [("dp2", True), ("dp2", False), ("pp2", True), ("tp2", True)])
+@pytest.mark.parametrize(
+    ("saved_as", "distributed", "others"),
+    [
+        ("dp2", True, ["tp2", "pp2_vpp2", "cp2"]),
+        ("dp2", False, ["tp2", "pp2_vpp2"]),
+        ("pp2", True, []),
+        ("tp2", True, []),
+        ("cp2", True, ["dp2"]),
+    ],
+)
 def test_the_next_step_is_the_one_that_would_have_followed(
-    hf_folder: Path, tmp_path: Path, saved_as: str, distributed: bool
+    hf_folder: Path, tmp_path: Path, saved_as: str, distributed: bool, others: list[str]
 ) -> None:
-    check_resumes(hf_folder, tmp_path, saved_as, ["tp2", "pp2_vpp2"] if saved_as == "dp2" else [], distributed)
+    check_resumes(hf_folder, tmp_path, saved_as, others, distributed)
 
 
 def test_experts_resume_and_export_what_was_trained(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_two_ranks_export_the_hf_tensors(folders: dict[str, Path]) -> None:
             Case(folders["experts"], {"dp": 2, "ep": 2}),
             Case(folders["experts"], {"tp": 2, "ep": 2}),
             Case(folders["experts"], {"tp": 2}, dtype=torch.bfloat16),
+            Case(folders["qwen2"], {"cp": 2}),
         ],
     )
 
@@ -94,6 +95,8 @@ def test_four_ranks_export_the_hf_tensors(folders: dict[str, Path]) -> None:
             Case(folders["qwen2 tied"], {"tp": 2, "pp": 2}, interleaved=True),
             Case(folders["qwen3 tied"], {"pp": 2, "dp": 2}),
             Case(folders["qwen2"], {"tp": 2, "dp": 2}),
+            Case(folders["qwen2 tied"], {"pp": 2, "cp": 2}),
+            Case(folders["qwen2"], {"cp": 2, "dp": 2}),
             Case(folders["qwen2"], {"tp": 4}),  # more ranks than KV heads
             Case(folders["experts"], {"tp": 2, "pp": 2, "ep": 2}),
             Case(folders["experts"], {"pp": 2, "dp": 2, "ep": 2}, interleaved=True),

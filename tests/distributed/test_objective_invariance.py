@@ -97,8 +97,8 @@ def expected(hf_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     ("world_size", "layouts"),
     [
         (1, ["single"]),
-        (2, ["tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2"]),
-        (4, ["tp2_pp2_sp_vpp2", "tp2_dp2", "dp4"]),
+        (2, ["tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2", "cp2"]),
+        (4, ["tp2_pp2_sp_vpp2", "tp2_dp2", "dp4", "cp4", "tp2_cp2_sp", "cp2_dp2"]),
     ],
 )
 def test_every_objective_in_every_layout(

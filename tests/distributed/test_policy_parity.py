@@ -71,15 +71,19 @@ def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layouts"),
+    ("world_size", "layouts", "budgets"),
     [
-        (1, ["single"]),
-        (2, ["tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2"]),
-        (4, ["tp4_sp", "tp2_pp2", "tp2_pp2_sp_vpp2", "tp2_dp2", "pp2_dp2", "dp4"]),
+        (1, ["single"], [128, 96, 512]),
+        (2, ["tp2", "tp2_sp", "pp2", "pp2_vpp2", "dp2", "cp2"], [128, 96, 512]),
+        (4, ["tp4_sp", "tp2_pp2", "tp2_pp2_sp_vpp2", "tp2_dp2", "pp2_dp2", "dp4"], [128, 96, 512]),
+        (4, ["cp4", "tp2_cp2", "tp2_cp2_sp", "pp2_cp2", "pp2_vpp2_cp2", "cp2_dp2"], [96, 512]),
     ],
+    ids=["1 rank", "2 ranks", "4 ranks", "4 ranks with cp"],
 )
-def test_every_layout_equals_hf(hf_folders: list[Path], world_size: int, layouts: list[str]) -> None:
-    check_layouts(hf_folders, world_size, layouts, [128, 96, 512])
+def test_every_layout_equals_hf(
+    hf_folders: list[Path], world_size: int, layouts: list[str], budgets: list[int]
+) -> None:
+    check_layouts(hf_folders, world_size, layouts, budgets)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_every_layout_equals_hf(hf_folders: list[Path], world_size: int, layouts
     [
         (1, ["single"]),
         (2, ["ep2", "tp2_sp_ep2", "tp2_sp", "pp2_vpp2"]),
-        (4, ["tp2_sp_ep4", "tp2_pp2_sp", "pp2_ep2", "dp4_ep2"]),
+        (4, ["tp2_sp_ep4", "tp2_pp2_sp", "pp2_ep2", "dp4_ep2", "cp2_ep2"]),
     ],
 )
 def test_every_layout_of_experts_equals_hf(tmp_path: Path, world_size: int, layouts: list[str]) -> None:

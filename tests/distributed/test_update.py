@@ -56,7 +56,7 @@ def update(rank: int, hf_folder: Path, layouts: list[str]) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize(("world_size", "layouts"), [(2, ["tp2_sp", "pp2_vpp2", "dp2"]), (4, ["tp2_dp2"])])
+@pytest.mark.parametrize(("world_size", "layouts"), [(2, ["tp2_sp", "pp2_vpp2", "dp2", "cp2"]), (4, ["tp2_dp2"])])
 def test_updates(tmp_path: Path, world_size: int, layouts: list[str]) -> None:
     ranks = run_ranks(world_size, update, make_tiny_model(tmp_path / "model"), layouts)
     for layout in layouts:

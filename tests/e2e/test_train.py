@@ -41,9 +41,10 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
         (2, ["parallel.pp=2", "parallel.vpp=2"]),
         (2, []),
+        (2, ["parallel.cp=2", "train.recompute=full"]),
         (4, ["parallel.tp=2", "parallel.pp=2"]),
     ],
-    ids=["tp2", "pp2", "dp2", "tp2_pp2"],
+    ids=["tp2", "pp2", "dp2", "cp2_recompute", "tp2_pp2"],
 )
 def test_trains_and_gives_the_engine_the_new_weights(
     engine_url: str, tiny_model: Path, recording: Path, tmp_path: Path, ranks: int, layout: list[str]

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_gppo.algorithm import linear_logprobs_and_entropy, values_in_force
 from megatron_gppo.packing import unpack
 from megatron_gppo.policy import Policy, Progress, checkpoint, initialize_model_parallel, shut_down, step
+from megatron_gppo.policy.context_parallel import token_positions
 from megatron_gppo.policy.local_modules import PackedAttention
 from tests.support.policy import (
     Reference,
@@ -118,6 +120,32 @@ def test_packed_flash_attention_equals_sdpa(process_group: None, tmp_path: Path)
     weight = torch.randn_like(exact)
     got = torch.autograd.grad((flash.float() * weight).sum(), (query, key, value))
     want = torch.autograd.grad((exact * weight).sum(), (query, key, value))
+    for a, b in zip(got, want, strict=True):
+        assert (a.float() - b.float()).norm() / b.float().norm() < 2e-2
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_flash_attention_over_context_parallel_parts_equals_the_whole(
+    process_group: None, tmp_path: Path, size: int
+) -> None:
+    """One rank after the other on the same GPU; what their communication adds is tested over gloo."""
+    policy = build(make_tiny_model(tmp_path / "model"), model={"dtype": "bf16"})
+    attention = PackedAttention(policy.models[0].config)
+    lengths = [2 * size * chunk for chunk in (1, 100, 7)]
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(sum(lengths), heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    whole = attention.attend(query, key, value, packed)
+    own = [token_positions(bounds, rank, size) for rank in range(size)]
+    parts = [attention.attend(query[own[rank]], key, value, packed, rank, size) for rank in range(size)]
+    torch.testing.assert_close(torch.cat(parts), whole[torch.cat(own)], rtol=0, atol=2e-2)
+    weight = torch.randn_like(whole)
+    want = torch.autograd.grad((whole * weight).sum(), (query, key, value))
+    got = torch.autograd.grad((torch.cat(parts) * weight[torch.cat(own)]).sum(), (query, key, value))
     for a, b in zip(got, want, strict=True):
         assert (a.float() - b.float()).norm() / b.float().norm() < 2e-2
 

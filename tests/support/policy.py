@@ -35,6 +35,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2_sp": {"tp": 2, "pp": 2, "sequence_parallel": True},
     "pp2_ep2": {"pp": 2, "ep": 2},
     "dp4_ep2": {"ep": 2},
+    "cp2": {"cp": 2},
+    "cp4": {"cp": 4},
+    "tp2_cp2": {"tp": 2, "cp": 2},
+    "tp2_cp2_sp": {"tp": 2, "cp": 2, "sequence_parallel": True},
+    "pp2_cp2": {"pp": 2, "cp": 2},
+    "pp2_vpp2_cp2": {"pp": 2, "vpp": 2, "cp": 2},
+    "cp2_dp2": {"cp": 2},
+    "cp2_ep2": {"cp": 2, "ep": 2},
 }
 
 
@@ -116,6 +124,7 @@ def pack(policy: Policy, samples: list[Sample]) -> list[UpdateBatch]:
         dp_size=policy.parallel.dp_size,
         tokens_per_microbatch=config.train.tokens_per_microbatch,
         alignment=policy.alignment,
+        sequence_alignment=policy.sequence_alignment,
         microbatches_multiple_of=policy.microbatches_multiple_of,
     )
 

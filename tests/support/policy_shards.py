@@ -20,23 +20,20 @@ def hf_tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def make_parallel_state(rank: int, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1) -> ParallelState:
-    """Groups over the default group's ranks: TP neighbours are next to each other, then DP, then PP. Collective.
+def make_parallel_state(rank: int, *, tp: int = 1, pp: int = 1, dp: int = 1, cp: int = 1, ep: int = 1) -> ParallelState:
+    """Groups over the default group's ranks: TP neighbours are next to each other, then CP, DP, PP. Collective.
 
-    EP neighbours are next to each other, too, over TP and DP ranks.
+    EP neighbours are next to each other, too, over a stage's ranks.
     """
-    grid = torch.arange(tp * dp * pp).view(pp, dp, tp)
-    rows = {
-        "tp": grid.flatten(0, 1),
-        "dp": grid.transpose(1, 2).flatten(0, 1),
-        "pp": grid.permute(1, 2, 0).flatten(0, 1),
-        "ep": grid.view(-1, ep),
-    }
+    grid = torch.arange(tp * cp * dp * pp).view(pp, dp, cp, tp)
+    axes = {"pp": 0, "dp": 1, "cp": 2, "tp": 3}
+    rows = {name: grid.movedim(axis, -1).flatten(0, 2) for name, axis in axes.items()}
+    rows["ep"] = grid.view(-1, ep)
     groups = {name: dist.new_subgroups_by_enumeration(ranks.tolist())[0] for name, ranks in rows.items()}
-    pp_rank, dp_rank, tp_rank = (int(index) for index in (grid == rank).nonzero()[0])
+    pp_rank, dp_rank, cp_rank, tp_rank = (int(index) for index in (grid == rank).nonzero()[0])
     return ParallelState(
         rank=rank,
-        world_size=tp * dp * pp,
+        world_size=grid.numel(),
         tp_rank=tp_rank,
         tp_size=tp,
         pp_rank=pp_rank,
@@ -46,10 +43,13 @@ def make_parallel_state(rank: int, *, tp: int = 1, pp: int = 1, dp: int = 1, ep:
         tp_group=groups["tp"],
         pp_group=groups["pp"],
         dp_group=groups["dp"],
+        cp_rank=cp_rank,
+        cp_size=cp,
+        cp_group=groups["cp"],
         control_group=dist.group.WORLD,
         ep_rank=rank % ep,
         ep_size=ep,
-        expert_dp_rank=rank % (tp * dp) // ep,
+        expert_dp_rank=rank % (tp * cp * dp) // ep,
         ep_group=groups["ep"],
     )
 

@@ -58,9 +58,10 @@ layouts = st.fixed_dictionaries(
         "groups_per_update": st.integers(1, 4),
         "tokens_per_microbatch": st.integers(LONGEST + 8, 100),
         "alignment": st.sampled_from([1, 2, 8]),
+        "sequence_alignment": st.sampled_from([1, 2]),
         "microbatches_multiple_of": st.sampled_from([1, 2, 3]),
     }
-)
+).map(lambda layout: {**layout, "alignment": layout["alignment"] * layout["sequence_alignment"]})
 
 
 @settings(max_examples=150, deadline=None)
@@ -76,12 +77,13 @@ def test_invariants(samples: list[Sample], dp_size: int, layout: dict[str, int])
         members = [i for i, sample in enumerate(samples) if sample.group in of_update]
         check_counts(ranks, [samples[i] for i in members])
         trained = [samples[i] for i in members if loss_tokens(samples[i])]
-        check_microbatches(ranks, [len(s.prompt_ids) + len(s.response_ids) for s in trained], layout)
+        lengths = [round_up(len(s.prompt_ids) + len(s.response_ids), layout["sequence_alignment"]) for s in trained]
+        check_microbatches(ranks, lengths, layout)
         packed = [i for rank in ranks for microbatch in rank.microbatches for i in microbatch.sample_indices]
         assert sorted(packed) == [i for i in members if loss_tokens(samples[i])]
         for rank in ranks:
             for microbatch in rank.microbatches:
-                check_contents(microbatch, samples, layout["alignment"])
+                check_contents(microbatch, samples, layout["alignment"], layout["sequence_alignment"])
 
 
 def check_counts(ranks: list[UpdateBatch], samples: list[Sample]) -> None:
@@ -123,7 +125,11 @@ def first_fit_decreasing(lengths: list[int], capacity: int) -> int:
     return len(bins)
 
 
-def check_contents(microbatch: MicroBatch, samples: list[Sample], alignment: int) -> None:
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def check_contents(microbatch: MicroBatch, samples: list[Sample], alignment: int, sequence_alignment: int) -> None:
     num_tokens = len(microbatch.input_ids)
     assert {f.dtype for f in (microbatch.input_ids, microbatch.position_ids, microbatch.targets)} == {torch.int64}
     assert (microbatch.loss_mask.dtype, microbatch.correct.dtype) == (torch.bool, torch.bool)
@@ -140,8 +146,11 @@ def check_contents(microbatch: MicroBatch, samples: list[Sample], alignment: int
         sample, (start, end) = samples[index], bounds[sequence : sequence + 2]
         ids = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
         padding = end - start - len(ids)
-        assert 0 <= padding < alignment
-        assert padding == 0 or end == num_tokens
+        assert start % sequence_alignment == end % sequence_alignment == 0
+        if end < num_tokens:
+            assert 0 <= padding < sequence_alignment
+        else:
+            assert end == round_up(start + round_up(len(ids), sequence_alignment), alignment)
         before, after = len(sample.prompt_ids) - 1, 1 + padding
         tokens = len(sample.response_ids)
         expected["input_ids"] += ids + [0] * padding

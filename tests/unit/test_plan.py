@@ -135,6 +135,15 @@ def test_rendered_plan_names_every_number() -> None:
     assert "sharded" not in render(make_plan(make_config(), TINY, world_size=1))
 
 
+def test_context_parallel_ranks_share_the_optimizer_but_not_the_samples() -> None:
+    plan = make_plan(make_config(parallel={"cp": 2}), TINY, world_size=4)
+    assert plan.dp == 2
+    assert plan.memory.optimizer == plan.num_parameters * 12 // 4
+    assert "4 = dp 2 x tp 1 x pp 1 x cp 2" in render(plan)
+    assert "sharded over dp 2 x cp 2" in render(plan)
+    assert "sharded over dp 1 x cp 2" in render(make_plan(make_config(parallel={"cp": 2}), TINY, world_size=2))
+
+
 @pytest.mark.parametrize(
     ("sections", "world_size", "named"),
     [
@@ -152,8 +161,18 @@ def test_rendered_plan_names_every_number() -> None:
                 "train": {"tokens_per_microbatch": 193},
             },
             4,
-            ["tokens_per_microbatch = 193 is 192", "raise it to 196"],
+            ["tokens_per_microbatch = 193 holds 192", "alignment of 4", "raise it to 196"],
         ),
+        (
+            {
+                "parallel": {"tp": 2, "cp": 3, "sequence_parallel": True},
+                "data": {"max_prompt_tokens": 65},
+                "train": {"tokens_per_microbatch": 197},
+            },
+            6,
+            ["tokens_per_microbatch = 197 holds 192", "alignment of 6", "raise it to 198"],
+        ),
+        ({"parallel": {"tp": 2, "cp": 2}}, 6, ["world size = 6", "parallel.cp = 2 * 1 * 2 = 4", "start e.g. 4 ranks"]),
     ],
     ids=[
         "world size",
@@ -163,7 +182,9 @@ def test_rendered_plan_names_every_number() -> None:
         "vpp",
         "more ranks than samples",
         "longer than the model allows",
-        "budget",
+        "budget under sequence parallelism",
+        "budget under context parallelism",
+        "too few ranks for tp and cp",
     ],
 )
 def test_what_cannot_work(sections: dict[str, dict[str, Any]], world_size: int, named: list[str]) -> None:
