@@ -169,7 +169,7 @@ Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources)]
 
 
 class DataConfig(ColumnsConfig):
-    """Prompts for training and evaluation. Columns set here are those of every source that sets none itself."""
+    """Prompts for training and evaluation. Columns set here are those of every source in train and eval that sets none."""
 
     train: Sources = []
     """Sources of the training prompts; needed unless rollouts are replayed."""
@@ -358,11 +358,13 @@ NonNegative = TypeVar("NonNegative")
 
 
 class _LossFields(Section, Generic[LowerClip, NonNegative]):
+    """The settings of the loss. LossConfig and AlgorithmConfig differ in what some of them may be."""
+
     objective: Objective = "ce_gppo"
     """ce_gppo: Eq. 8 of arXiv 2509.20712; ppo_clip, dapo, cispo, gspo: what it is compared with."""
-    clip_low: LowerClip = 0.2  # type: ignore[assignment]  # a default of every form
+    clip_low: LowerClip = 0.2  # type: ignore[assignment]  # right for either type
     """Lower bound of the ratio is 1 - clip_low; below 1."""
-    clip_high: NonNegative = 0.2  # type: ignore[assignment]  # a default of every form
+    clip_high: NonNegative = 0.2  # type: ignore[assignment]  # right for either type
     """Upper bound of the ratio is 1 + clip_high."""
     beta1: NonNegative | None = None
     """ce_gppo, required: weight of tokens with A < 0 and ratio < 1 - clip_low. Larger: entropy falls faster. Paper: 0.5 (1.5B), 0.75 (7B)."""
@@ -370,7 +372,7 @@ class _LossFields(Section, Generic[LowerClip, NonNegative]):
     """ce_gppo, required: weight of tokens with A > 0 and ratio > 1 + clip_high. Larger: entropy falls slower. Paper: 1."""
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
     """Bound c on the ratio of tokens with A < 0. Off in the paper, 10 in its released code."""
-    entropy_coef: NonNegative = 0.0  # type: ignore[assignment]  # a default of every form
+    entropy_coef: NonNegative = 0.0  # type: ignore[assignment]  # right for either type
     """Weight of an entropy bonus."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL to a reference policy: the weights that the run starts from. Above 0 it keeps a copy of them in host memory."""
@@ -465,7 +467,7 @@ class EntropyTargetConfig(Section):
     beta2: tuple[NonNegativeFloat, NonNegativeFloat] = (0.5, 1.0)
     """Least and most beta2; likewise."""
     gain: PositiveFloat = 1.0
-    """Share of both ranges that a relative error of 1 moves them by: 10% above the target moves them by 0.1 of their range."""
+    """Share of both ranges that a relative error of 1 moves them by: entropy 10% above the target by 0.1 of them."""
     integral_steps: PositiveFloat = 50.0
     """Steps in which an error that stays moves them by as much again."""
     max_change: Probability = 0.05

@@ -1,14 +1,14 @@
 """Holds the policy's entropy near a target by moving beta1 and beta2 within bounds, once a step.
 
 Entropy falls faster with a larger beta1 and slower with a larger beta2 (arXiv 2509.20712, Sections 3.2 and 5.1), so both are
-moved together: too little entropy lowers beta1 and raises beta2, each by the same share of its range. With the relative
-error e = (target - entropy) / target, a step moves them by
+moved together, away from where they are configured: beta1 down and beta2 up by the same share of their ranges,
 
-    gain * (e - e of the step before + e / integral_steps)       at most max_change either way, and never out of the ranges
+    share = gain * (error + integral)          error = (target - entropy) / target
+    integral = sum of error / integral_steps over the steps so far, kept within +-1 / gain
 
-which is a proportional-integral controller in its incremental form: beta sets how fast entropy changes, so the
-proportional part damps, and the integral part removes the error that stays. It starts at the configured betas without a
-jump, and has nothing to unwind after a time at a bound.
+a proportional-integral controller: beta sets how fast entropy changes, so the proportional part alone brings it back
+without swinging, and the integral removes the error that stays. No step moves a beta by more than max_change of its range,
+so noise in one step's entropy, and a jump of the target, come through gently.
 """
 
 import math
@@ -26,7 +26,7 @@ class EntropyControl:
 
     beta1: float  # of the next step
     beta2: float
-    error: float | None  # e of the last step that was measured
+    integral: float
 
 
 def after_step(
@@ -54,9 +54,13 @@ def betas(config: AlgorithmConfig, control: EntropyControl | None) -> tuple[floa
 
 
 def _at_start(config: AlgorithmConfig) -> EntropyControl:
+    return EntropyControl(*_start(config), integral=0.0)
+
+
+def _start(config: AlgorithmConfig) -> tuple[float, float]:
     assert isinstance(config.beta1, float)
     assert isinstance(config.beta2, float)
-    return EntropyControl(config.beta1, config.beta2, error=None)
+    return config.beta1, config.beta2
 
 
 def _steer(config: AlgorithmConfig, before: EntropyControl, step: int, entropy: float) -> EntropyControl:
@@ -64,14 +68,19 @@ def _steer(config: AlgorithmConfig, before: EntropyControl, step: int, entropy: 
     assert settings is not None
     target = value_at(settings.target, step)
     error = (target - entropy) / target
-    rise = error - before.error if before.error is not None else 0.0
-    change = settings.gain * (rise + error / settings.integral_steps)
-    change = min(max(change, -settings.max_change), settings.max_change)
-    beta1, beta2 = betas(config, before)
+    integral = _within(before.integral + error / settings.integral_steps, (-1.0 / settings.gain, 1.0 / settings.gain))
+    share = settings.gain * (error + integral)
+
+    def moved(now: float, start: float, share: float, bounds: tuple[float, float]) -> float:
+        width = bounds[1] - bounds[0]
+        largest = settings.max_change * width
+        return _within(_within(start + share * width, bounds), (now - largest, now + largest))
+
+    (beta1, beta2), (start1, start2) = betas(config, before), _start(config)
     return EntropyControl(
-        beta1=_within(beta1 - change * (settings.beta1[1] - settings.beta1[0]), settings.beta1),
-        beta2=_within(beta2 + change * (settings.beta2[1] - settings.beta2[0]), settings.beta2),
-        error=error,
+        beta1=moved(beta1, start1, -share, settings.beta1),
+        beta2=moved(beta2, start2, share, settings.beta2),
+        integral=integral,
     )
 
 

@@ -3,12 +3,13 @@
 Letters: T tokens, H hidden size, V vocabulary, n = V/TP rows of the weight on this rank (tp rank r holds the global ids
 [r*n, (r+1)*n)), C columns of a tile.
 
-The forward and the backward both walk over the vocabulary in tiles of C columns and all T tokens (vocabulary_tiles.py
-has the mathematics); the logits of one tile are all that ever exists of them, and the backward computes them again.
-Since a tile holds all tokens, its part of the weight's gradient is final when the tile is done.
+The forward and the backward both walk over the vocabulary in tiles of C columns and all T tokens; the logits of one tile
+are all that ever exists of them, and the backward computes them again. Since a tile holds all tokens, its part of the
+weight's gradient is final when the tile is done.
+
+softmax.py has the mathematics, output_layer.py the matrix products, tile_passes.py what is done between these.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,15 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_gppo.algorithm.vocabulary_tiles import (
-    Tile,
-    VocabularyShard,
-    reduce_tiles,
-    tile_gradient,
-    vocabulary_shard,
-)
-
-TILE_COLUMNS = 2048
+from megatron_gppo.algorithm.output_layer import HiddenGradient, TileLogits, WeightGradient, centre_of
+from megatron_gppo.algorithm.softmax import LogitGradient, Softmax, SoftmaxSums
+from megatron_gppo.algorithm.vocabulary import VocabularyShard, vocabulary_shard
 
 
 def linear_logprobs_and_entropy(
@@ -38,10 +33,12 @@ def linear_logprobs_and_entropy(
     temperature: float = 1.0,
     with_entropy: bool = True,
     entropy_requires_grad: bool = False,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target, and entropy, of softmax(hidden @ weight.T / temperature).
 
-    Beside the inputs, O(T) is kept for the backward; the working memory is a few [T, 2048] fp32 tiles.
+    Beside the inputs, O(T) is kept for the backward. The working memory is one tile, [T, 4096] of the inputs' dtype, on
+    CUDA also in fp32, and two to four times [T, H].
 
     Args:
         hidden: [T, H] fp32 or bf16; [T/TP, H], the rank's share of the tokens, when sequence_parallel.
@@ -53,6 +50,8 @@ def linear_logprobs_and_entropy(
         temperature: logits are divided by it.
         with_entropy: whether to compute the entropy.
         entropy_requires_grad: whether the entropy, too, is differentiable.
+        main_grad: [V/TP, H] fp32, such as Megatron's buffer of this name. The backward adds the weight's gradient to it
+            and returns none for the weight, so that no hook of the weight runs for it.
 
     Returns:
         ([T] log-probs, [T] entropies in nats or None), fp32, the same on every tp rank. Every tp rank must also give
@@ -74,12 +73,19 @@ def linear_logprobs_and_entropy(
         raise ValueError(
             f"hidden is {hidden.dtype} on {hidden.device}, weight is {weight.dtype} on {weight.device}. Fix: make them equal"
         )
+    if main_grad is not None and (
+        main_grad.shape != weight.shape or main_grad.dtype != torch.float32 or main_grad.device != weight.device
+    ):
+        raise ValueError(
+            f"main_grad is {list(main_grad.shape)} {main_grad.dtype} on {main_grad.device}, weight is "
+            f"{list(weight.shape)} on {weight.device}. Fix: pass torch.float32 of the weight's shape on its device"
+        )
     gather_group = tp_group if sequence_parallel else None
     num_tokens = hidden.shape[0] * (1 if gather_group is None else gather_group.size())
     shard = vocabulary_shard(weight.shape[0], vocab_size, tp_group)
     _check_targets(targets, num_tokens, hidden.device, shard)
     logprobs, entropy = _LinearLogprobs.apply(
-        hidden, weight, targets, shard, gather_group, temperature, with_entropy, entropy_requires_grad
+        hidden, weight, targets, shard, gather_group, temperature, with_entropy, entropy_requires_grad, main_grad
     )
     return logprobs, entropy
 
@@ -122,44 +128,49 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
         entropy_requires_grad: bool,
+        main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        tiles = _linear_tiles(_gather_tokens(hidden, gather_group), weight, shard, temperature)
-        logprobs, entropy, maximum, exp_sum = reduce_tiles(tiles, targets, shard, with_entropy)
-        ctx.save_for_backward(hidden, weight, targets, maximum, exp_sum, entropy if entropy_requires_grad else None)
-        ctx.shard, ctx.gather_group, ctx.temperature = shard, gather_group, temperature
-        if entropy is not None and not entropy_requires_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        gathered = _gather_tokens(hidden, gather_group)
+        centre = centre_of(gathered, weight, targets, shard, temperature)
+        centre_values = None if centre is None else centre.values
+        sums = SoftmaxSums(targets, shard, temperature, with_entropy=with_entropy, centre=centre)
+        logits = TileLogits(gathered, weight, centre_values)
+        for columns in shard.tiles():
+            sums.add(logits(columns), columns)
+        softmax = sums.over_ranks()
+        ctx.save_for_backward(hidden, weight, targets, centre_values, *softmax.kept(entropy_requires_grad))
+        ctx.shard, ctx.gather_group, ctx.temperature, ctx.main_grad = shard, gather_group, temperature, main_grad
+        if softmax.entropy is not None and not entropy_requires_grad:
+            ctx.mark_non_differentiable(softmax.entropy)
+        return softmax.logprobs, softmax.entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, maximum, exp_sum, entropy = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, centre, *kept = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        shard, group = ctx.shard, ctx.shard.group
+        shard, softmax = ctx.shard, Softmax(*kept)
         gathered = _gather_tokens(hidden, ctx.gather_group)
-        # In fp32 also for bf16 inputs: it is a sum over the tiles and then over the ranks.
-        grad_hidden = torch.zeros_like(gathered, dtype=torch.float32) if needs_hidden else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        if grad_weight is not None:
-            grad_weight[shard.num_columns :] = 0
-        for tile in _linear_tiles(gathered, weight, shard, ctx.temperature):
-            grad = tile_gradient(
-                tile, targets, shard, ctx.temperature, maximum, exp_sum, entropy, grad_logprobs, grad_entropy
-            ).to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden += _matmul_to_fp32(grad, weight[tile.first : tile.last])
-            if grad_weight is not None:
-                torch.mm(grad.t(), gathered, out=grad_weight[tile.first : tile.last])
-        if grad_hidden is not None:
-            if ctx.gather_group is not None:
-                share = torch.empty_like(hidden, dtype=torch.float32)
-                dist.reduce_scatter_tensor(share, grad_hidden, group=group)
-                grad_hidden = share
-            elif group is not None:
-                dist.all_reduce(grad_hidden, group=group)
-            grad_hidden = grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        gradient = LogitGradient(softmax, targets, shard, ctx.temperature, grad_logprobs, grad_entropy, centre=centre)
+        of_hidden = None
+        if needs_hidden:
+            of_hidden = HiddenGradient(weight, targets, gradient.of_targets, shard)
+        of_weight = WeightGradient(gathered, weight, shard, ctx.main_grad) if needs_weight else None
+        logits = TileLogits(gathered, weight, centre)
+        for columns in shard.tiles():
+            tile = logits(columns)
+            grad = tile if tile.dtype == weight.dtype else torch.empty_like(tile, dtype=weight.dtype)
+            gradient.write(tile, columns, out=grad)
+            if of_hidden is not None:
+                of_hidden.add(grad, columns)
+            if of_weight is not None:
+                gradient.write_targets(columns, out=grad)
+                of_weight.add(grad, columns)
+        grad_hidden = None
+        if of_hidden is not None:
+            grad_hidden = _sum_over_ranks(of_hidden.sum, shard.group, ctx.gather_group).to(hidden.dtype)
+        grad_weight = None if of_weight is None else of_weight.result
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -173,57 +184,27 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         with_entropy: bool,
         entropy_requires_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        tiles = _logits_tiles(logits, shard, temperature)
-        logprobs, entropy, maximum, exp_sum = reduce_tiles(tiles, targets, shard, with_entropy)
-        ctx.save_for_backward(logits, targets, maximum, exp_sum, entropy if entropy_requires_grad else None)
+        sums = SoftmaxSums(targets, shard, temperature, with_entropy=with_entropy)
+        for columns in shard.tiles():
+            sums.add(logits[:, columns], columns)
+        softmax = sums.over_ranks()
+        ctx.save_for_backward(logits, targets, *softmax.kept(entropy_requires_grad))
         ctx.shard, ctx.temperature = shard, temperature
-        if entropy is not None and not entropy_requires_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        if softmax.entropy is not None and not entropy_requires_grad:
+            ctx.mark_non_differentiable(softmax.entropy)
+        return softmax.logprobs, softmax.entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, targets, maximum, exp_sum, entropy = ctx.saved_tensors
-        shard = ctx.shard
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, *kept = ctx.saved_tensors
+        gradient = LogitGradient(Softmax(*kept), targets, ctx.shard, ctx.temperature, grad_logprobs, grad_entropy)
         grad_logits = torch.empty_like(logits)
-        grad_logits[:, shard.num_columns :] = 0
-        for tile in _logits_tiles(logits, shard, ctx.temperature):
-            grad_logits[:, tile.first : tile.last] = tile_gradient(
-                tile, targets, shard, ctx.temperature, maximum, exp_sum, entropy, grad_logprobs, grad_entropy
-            )
+        grad_logits[:, ctx.shard.num_columns :] = 0
+        for columns in ctx.shard.tiles():
+            gradient.write(logits[:, columns], columns, out=grad_logits[:, columns])
+            gradient.write_targets(columns, out=grad_logits[:, columns])
         return grad_logits, None, None, None, None, None
-
-
-def _linear_tiles(hidden: Tensor, weight: Tensor, shard: VocabularyShard, temperature: float) -> Iterator[Tile]:
-    for first in range(0, shard.num_columns, TILE_COLUMNS):
-        last = min(first + TILE_COLUMNS, shard.num_columns)
-        logits = _matmul_to_fp32(hidden, weight[first:last].t())
-        yield Tile(first, last, logits if temperature == 1.0 else logits.div_(temperature))
-
-
-def _logits_tiles(logits: Tensor, shard: VocabularyShard, temperature: float) -> Iterator[Tile]:
-    for first in range(0, shard.num_columns, TILE_COLUMNS):
-        last = min(first + TILE_COLUMNS, shard.num_columns)
-        copied = logits[:, first:last].to(torch.float32, copy=True)
-        yield Tile(first, last, copied if temperature == 1.0 else copied.div_(temperature))
-
-
-def _matmul_to_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, accumulated and returned in fp32."""
-    if left.dtype == torch.float32:
-        return torch.mm(left, right)
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    # The CPU lacks a bf16 matmul with an fp32 result. Its fp32 matmul, told that it may round inputs to bf16, is one:
-    # these inputs are bf16 already. Results stay exact, at the speed of the bf16 units.
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    precision = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        return torch.mm(left.float(), right.float())
-    finally:
-        matmul.fp32_precision = precision
 
 
 def _gather_tokens(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -233,6 +214,19 @@ def _gather_tokens(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     gathered = hidden.new_empty(hidden.shape[0] * group.size(), hidden.shape[1])
     dist.all_gather_into_tensor(gathered, hidden.contiguous(), group=group)
     return gathered
+
+
+def _sum_over_ranks(
+    grad_hidden: Tensor, tp_group: dist.ProcessGroup | None, gather_group: dist.ProcessGroup | None
+) -> Tensor:
+    """[T, H] summed over tp_group, or the rank's share [T/TP, H] of the sum given a gather_group."""
+    if gather_group is not None:
+        share = grad_hidden.new_empty(len(grad_hidden) // gather_group.size(), grad_hidden.shape[1])
+        dist.reduce_scatter_tensor(share, grad_hidden, group=gather_group)
+        return share
+    if tp_group is not None:
+        dist.all_reduce(grad_hidden, group=tp_group)
+    return grad_hidden
 
 
 def _without_single_rank(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

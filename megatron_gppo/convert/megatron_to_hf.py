@@ -4,8 +4,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,8 @@ def convert_megatron_to_hf(
             tensors = resources.enter_context(
                 prefetched((parameter, source.read(parameter)) for parameter in opened.table)
             )
-            converted = _converted(source, tensors, opened.dtype, bar)
+            # Closed, because after its last tensor it would hold that one.
+            converted = resources.enter_context(closing(_converted(source, tensors, opened.dtype, bar)))
             write_weights(folder, opened.stored_shapes(), opened.dtype, converted, max_shard_bytes)
         copy_hf_assets(source.folder / HF_ASSETS, folder)
         if opened.architecture.dtype != opened.dtype:
@@ -140,7 +141,7 @@ class _Opened:
 
 def _converted(
     source: MegatronCheckpoint, tensors: Iterator[tuple[Parameter, Tensor]], dtype: torch.dtype, bar: ProgressBar
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     for parameter, full in tensors:
         warn_of_non_finite(source.folder, parameter, full)
         for _, tensor in parameter.to_hf(full.to(dtype)):

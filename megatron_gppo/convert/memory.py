@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_SAME_SIZE = {2: torch.int16, 4: torch.int32}
+
 
 def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, in place. NumPy has no bfloat16, hence by way of uint8."""
@@ -13,7 +15,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equality that tells -0 from 0 and finds NaN equal to itself."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    integers = _SAME_SIZE[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gppo.config import BenchmarkConfig, Config, ConfigError, SamplingConfig
+from megatron_gppo.config import BenchmarkConfig, ColumnsConfig, Config, ConfigError, SamplingConfig
 from megatron_gppo.data import PromptSet, load_prompts
 from megatron_gppo.datatypes import Prompt
 
@@ -68,7 +68,8 @@ def load_benchmarks(
 
 
 def _named(config: Config, name: str, own: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase) -> Benchmark:
-    changes: dict[str, Any] = {"eval": [own]}
+    # data's columns are those of the training rows, and say nothing about these.
+    changes: dict[str, Any] = {"eval": [own], **dict.fromkeys(ColumnsConfig.model_fields)}
     changes |= {key: getattr(own, key) for key in ("system_prompt", "prompt_suffix") if getattr(own, key) is not None}
     loaded = load_prompts(config.data.model_copy(update=changes), tokenizer, "eval", f"eval.benchmarks.{name}")
     general = config.eval

@@ -54,9 +54,9 @@ def run_evaluation(config: Config, checkpoint: Path | None = None) -> Report:
         if config.rollout.mode == "external":
             name, identity = asyncio.run(_identity_of_engines(engines))
         evaluator = Evaluator(config.rollout, config.reward, engines, rewards, benchmarks)
-        key = json.dumps({"model": identity, **evaluator.settings}, sort_keys=True)
+        key = json.dumps(evaluator.settings(identity), sort_keys=True)
         folder = config.run.dir / "eval" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:HASH_CHARACTERS]}"
-        if (folder / REPORT).exists():
+        if evaluator.has_done(folder, identity):
             report = read_report(folder)
             console.print(f"nothing to do: evaluated before; delete {folder} to evaluate anew", soft_wrap=True)
         else:

@@ -10,8 +10,8 @@ from typing import Any
 from megatron_gppo.config import RewardConfig, RolloutConfig
 from megatron_gppo.datatypes import Prompt
 from megatron_gppo.evaluate.benchmarks import Benchmark
-from megatron_gppo.evaluate.records import Records
-from megatron_gppo.evaluate.report import Report, score, write_report
+from megatron_gppo.evaluate.records import Records, made_with
+from megatron_gppo.evaluate.report import REPORT, Report, score, write_report
 from megatron_gppo.rollout.engine import Engine
 from megatron_gppo.rollout.generate import GroupGenerator, Judge, Progress, RolloutCancelled
 
@@ -36,11 +36,15 @@ class Evaluator:
         self._task: asyncio.Task[Any] | None = None
         self._cancelled = False
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the records depend on, beside the model."""
+    def settings(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the records depend on. identity: what tells the model from others."""
         judged_by = self._reward.model_dump(include={"function", "scope", "after_think", "correct_above"})
-        return {"reward": judged_by, "benchmarks": {of.name: of.settings for of in self._benchmarks}}
+        benchmarks = {of.name: of.settings for of in self._benchmarks}
+        return {"model": dict(identity), "reward": judged_by, "benchmarks": benchmarks}
+
+    def has_done(self, folder: Path, identity: Mapping[str, Any]) -> bool:
+        """Whether the folder has the report of just this evaluation."""
+        return (folder / REPORT).exists() and made_with(folder, self.settings(identity))
 
     def run(
         self,
@@ -57,7 +61,7 @@ class Evaluator:
         policy_version: demanded of the engines' weights, unless None. Raises EngineError, RewardError, EvaluationError,
         and RolloutCancelled.
         """
-        records = Records(folder, {"model": dict(identity), **self.settings}, [of.name for of in self._benchmarks])
+        records = Records(folder, self.settings(identity), [of.name for of in self._benchmarks])
         started = time.monotonic()
         counts, seconds = asyncio.run(self._cancellable(records, policy_version, on_progress))
         seconds["total"] = time.monotonic() - started

@@ -48,14 +48,13 @@ class Records:
         """
         self._folder = folder
         self.results: dict[str, dict[int, ProblemResult]] = {name: {} for name in benchmarks}
-        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         try:
             if folder.exists() and not (folder / SETTINGS).exists() and any(folder.iterdir()):
                 raise EvaluationError(f"{folder} is not an evaluation's folder. Fix: move it away, or change run.dir")
-            if (folder / SETTINGS).exists() and (folder / SETTINGS).read_text() != text:
+            if (folder / SETTINGS).exists() and not made_with(folder, settings):
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SETTINGS).write_text(text)
+            (folder / SETTINGS).write_text(_text(settings))
             for name in benchmarks:
                 self._read(name)
         except OSError as error:
@@ -92,6 +91,16 @@ class Records:
     def _path(self, benchmark: str) -> Path:
         # A data_source may be any text.
         return self._folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', benchmark)}.jsonl"
+
+
+def made_with(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the folder's records depend on exactly these settings."""
+    path = folder / SETTINGS
+    return path.exists() and path.read_text() == _text(settings)
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
 
 def _line(group: Group) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_gppo.config import Config, EvalConfig
 from megatron_gppo.evaluate.evaluator import Evaluator
@@ -35,18 +36,17 @@ class TrainingEvaluations:
     def __init__(self, config: Config, evaluator: Evaluator, on_report: Callable[[int, Report], None], *, step: int):
         """step: the last one done. Later evaluations, of steps that the run has lost, are deleted."""
         self._config = config
-        self._start = config.model.checkpoint or config.model.hf_path
         self._evaluator = evaluator
         self._on_report = on_report
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        for folder in (config.run.dir / EVALUATIONS).glob("step_*"):
+        for folder in (config.run.dir / EVALUATIONS).glob("step_" + 8 * "[0-9]"):  # not of megatron-gppo eval
             if folder > _folder(config, step):
                 shutil.rmtree(folder)
 
     def start(self, step: int) -> None:
         """Begins to evaluate the weights of this version, or goes on; does nothing when that is complete."""
-        if not is_complete(self._config, step):
+        if not self._evaluator.has_done(_folder(self._config, step), self._identity(step)):
             self._failure = None
             self._thread = threading.Thread(target=self._run, args=(step,), name="evaluation", daemon=True)
             self._thread.start()
@@ -68,11 +68,15 @@ class TrainingEvaluations:
 
     def _run(self, step: int) -> None:
         try:
-            identity = {"start": str(self._start), "step": step}
-            report = self._evaluator.run(_folder(self._config, step), f"step {step}", identity, policy_version=step)
+            report = self._evaluator.run(
+                _folder(self._config, step), f"step {step}", self._identity(step), policy_version=step
+            )
             self._on_report(step, report)
         except BaseException as failure:  # wait() raises it, in the thread that can end the run
             self._failure = failure
+
+    def _identity(self, step: int) -> dict[str, Any]:
+        return {"start": str(self._config.model.checkpoint or self._config.model.hf_path), "step": step}
 
 
 def evaluate_if_due(

@@ -53,7 +53,7 @@ class Progress:
     updates: int  # optimizer steps done
     data_position: int  # prompts taken
     entropy_trace: tuple[EntropyPoint, ...] = ()  # of the last steps
-    entropy_control: EntropyControl | None = None  # for the next step; none before the first one, and where it is off
+    entropy_control: EntropyControl | None = None  # as the last step left it; None without a controller
 
 
 def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> None:

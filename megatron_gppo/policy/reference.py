@@ -2,7 +2,8 @@
 
 They score through the policy's own modules: its weights and these change places, tensor by tensor, before and after. So the
 device holds at most one tensor more, log-probs are computed exactly as the policy's are, in every layout, and the
-policy's weights come back bit for bit.
+policy's weights come back bit for bit. That needs weights that nothing else writes while they score, so Megatron may not
+gather them from the distributed optimizer's shards in the forward pass (overlap_param_gather, which is off).
 """
 
 from collections.abc import Iterable, Iterator

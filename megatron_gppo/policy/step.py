@@ -46,9 +46,10 @@ class Network:
     def logprobs_and_entropy(
         self, model: PolicyModel, hidden: torch.Tensor, targets: torch.Tensor, with_entropy: bool, entropy_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = model.head_weight
         return linear_logprobs_and_entropy(
             hidden.squeeze(1),
-            model.head_weight,
+            weight,
             targets,
             vocab_size=self.vocab_size,
             tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
@@ -56,6 +57,7 @@ class Network:
             temperature=self.temperature,
             with_entropy=with_entropy,
             entropy_requires_grad=entropy_grad,
+            main_grad=weight.main_grad,  # type: ignore[attr-defined]
         )
 
 

@@ -4,6 +4,7 @@ Each objective appears with other aggregations and options, so that all of these
 share their processes; tests/distributed/test_policy_parity.py compares the same layouts over models and micro-batches.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,38 @@ from tests.support.policy import (
 )
 from tests.support.tiny import VOCAB_SIZE, make_tiny_model
 
-# (settings, scale of the perturbed log-ratios)
-CASES: dict[str, tuple[dict[str, Any], float]] = {
-    "ce_gppo": ({"preset": "paper", "kl_coef": 0.1, "importance_correction": "masked"}, 1.0),
-    "ce_gppo, group_token_mean": (
+
+@dataclass(frozen=True)
+class Case:
+    algorithm: dict[str, Any]
+    scale: float = 1.0  # of the perturbed log-ratios
+    num_samples: int = 16
+
+
+GSPO_SCALE = 0.0033
+CASES = {
+    "ce_gppo": Case({"preset": "paper", "kl_coef": 0.1, "importance_correction": "masked"}),
+    "ce_gppo, group_token_mean": Case(
         {"preset": "released-code", "dual_clip": 1.5, "aggregation": "group_token_mean"},
-        1.0,
     ),
-    "ppo_clip": ({"preset": "grpo", "entropy_coef": 0.01}, 1.0),
-    "dapo": ({"preset": "dapo", "kl_coef": 0.1, "kl_estimator": "k2"}, 1.0),
-    "cispo": (
+    "ce_gppo, some ranks without a token": Case({"preset": "released-code"}, num_samples=1),
+    "ppo_clip": Case({"preset": "grpo", "entropy_coef": 0.01}),
+    "dapo": Case({"preset": "dapo", "kl_coef": 0.1, "kl_estimator": "k2"}),
+    "cispo": Case(
         {"preset": "cispo", "aggregation": "seq_mean_token_sum_norm", "importance_correction": "truncated"},
-        1.0,
     ),
-    "gspo": ({"preset": "gspo"}, 0.0033),
-    "gspo, token_mean": (
+    "gspo": Case({"preset": "gspo"}, GSPO_SCALE),
+    "gspo, token_mean": Case(
         {"preset": "gspo", "aggregation": "token_mean", "importance_correction": "truncated", "nll_coef": 0.1},
-        0.0033,
+        GSPO_SCALE,
     ),
 }
 # Token budget, and whether the samples come in reverse. 96 tokens hold two or three samples, 512 most of them.
 PACKINGS = [(96, False), (512, True)]
 
 
-def ordered_samples(reverse: bool) -> list[Sample]:
-    samples = make_samples(4, 4, VOCAB_SIZE)
+def samples_of(case: Case, reverse: bool = False) -> list[Sample]:
+    samples = make_samples(4, 4, VOCAB_SIZE)[: case.num_samples]
     return samples[::-1] if reverse else samples
 
 
@@ -64,17 +72,17 @@ def differentiate(rank: int, hf_folder: Path, layouts: list[str]) -> dict[tuple[
     for number, layout in enumerate(layouts):
         config = make_config(hf_folder, LAYOUTS[layout], optimizer={"distributed": False})
         policy = build_policy(config)
-        for index, (case, (settings, scale)) in enumerate(CASES.items()):
+        for index, (name, case) in enumerate(CASES.items()):
             budget, reverse = PACKINGS[(number + index) % len(PACKINGS)]
             policy.config = make_config(
-                hf_folder, LAYOUTS[layout], algorithm=settings, train={"tokens_per_microbatch": budget}
+                hf_folder, LAYOUTS[layout], algorithm=case.algorithm, train={"tokens_per_microbatch": budget}
             )
-            samples = ordered_samples(reverse)
-            (batch,) = perturbed_old_logprobs(policy, pack(policy, samples), samples, scale)
+            samples = samples_of(case, reverse)
+            (batch,) = perturbed_old_logprobs(policy, pack(policy, samples), samples, case.scale)
             for chunk in policy.chunks:
                 chunk.zero_grad_buffer()
             step.accumulate_gradients(policy.network, batch, policy.config.algorithm.at(1), 48)
-            results[layout, case] = main_gradients(policy) if policy.parallel.dp_rank == 0 else {}
+            results[layout, name] = main_gradients(policy) if policy.parallel.dp_rank == 0 else {}
         leave_model_parallel()
     return results
 
@@ -88,8 +96,8 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(hf_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Each case by HF transformers in one process, one sequence at a time."""
     return {
-        case: Reference(make_config(hf_folder, algorithm=settings)).gradient(ordered_samples(False), scale)
-        for case, (settings, scale) in CASES.items()
+        name: Reference(make_config(hf_folder, algorithm=case.algorithm)).gradient(samples_of(case), case.scale)
+        for name, case in CASES.items()
     }
 
 
@@ -107,17 +115,16 @@ def test_every_objective_in_every_layout(
     ranks = run_ranks(world_size, differentiate, hf_folder, layouts)
     architecture = Architecture.from_hf(hf_folder)
     for layout in layouts:
-        for case in CASES:
-            gradient = hf_gradients(architecture, [rank[layout, case] for rank in ranks])
-            assert_same_gradient(gradient, expected[case], (layout, case))
+        for name in CASES:
+            gradient = hf_gradients(architecture, [rank[layout, name] for rank in ranks])
+            assert_same_gradient(gradient, expected[name], (layout, name))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_cases_leave_the_clip_range_and_keep_off_its_bounds(hf_folder: Path, case: str) -> None:
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_cases_leave_the_clip_range_and_keep_off_its_bounds(hf_folder: Path, case: Case) -> None:
     """Rounding may not decide a branch: 1e-4 from the bounds, 1e-5 for gspo."""
-    settings, scale = CASES[case]
-    loss = make_config(hf_folder, algorithm=settings).algorithm.at(1)
-    log_ratios = [-perturbation(sample, scale).double() for sample in ordered_samples(False)]
+    loss = make_config(hf_folder, algorithm=case.algorithm).algorithm.at(1)
+    log_ratios = [-perturbation(sample, case.scale).double() for sample in samples_of(case)]
     if loss.objective == "gspo":
         log_ratios = [values.mean()[None] for values in log_ratios]
     ratios = torch.cat(log_ratios).exp()
@@ -129,12 +136,12 @@ def test_the_cases_leave_the_clip_range_and_keep_off_its_bounds(hf_folder: Path,
 
 
 def test_the_importance_weights_keep_off_their_bounds(hf_folder: Path) -> None:
-    settings, scale = CASES["ce_gppo"]
-    config = make_config(hf_folder, algorithm=settings)
+    case = CASES["ce_gppo"]
+    config = make_config(hf_folder, algorithm=case.algorithm)
     reference = Reference(config)
     weights = []
-    for sample in ordered_samples(False):
-        old = reference.logprobs(sample)[0].detach() + perturbation(sample, scale)
+    for sample in samples_of(case):
+        old = reference.logprobs(sample)[0].detach() + perturbation(sample, case.scale)
         weights.append((old - torch.from_numpy(sample.rollout_logprobs)).double().exp())
     ratio = torch.cat(weights)
     cap = config.algorithm.importance_cap

@@ -57,6 +57,13 @@ def reference_logprobs(case: LogprobCase, temperature: float, entropy_requires_g
     return LogprobResult(logprobs.detach(), entropy.detach(), hidden.grad, weight.grad)
 
 
+def over_rounded_logits(case: LogprobCase, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy by an fp32 softmax over logits in the inputs' dtype: what bf16 may not be worse than."""
+    logits = (case.hidden @ case.weight[: case.vocab_size].T).float() / temperature
+    all_logprobs = logits.log_softmax(dim=1)
+    return all_logprobs.gather(1, case.targets[:, None])[:, 0], -(all_logprobs.exp() * all_logprobs).sum(dim=1)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """‖actual - expected‖ / ‖expected‖"""
     return ((actual.double() - expected).norm() / expected.norm()).item()

@@ -19,10 +19,12 @@ def algorithm(**entropy_target: Any) -> AlgorithmConfig:
 
 def measured(*entropies: float, num_tokens: int = 10) -> list[UpdateStats]:
     """Updates of these mean entropies."""
-    return [UpdateStats({"entropy": value * num_tokens}, {}, num_tokens, 0.0, 1.0, 1e-6, False) for value in entropies]
+    return [
+        UpdateStats({"entropy": value * num_tokens}, {}, [], num_tokens, 0.0, 1.0, 1e-6, False) for value in entropies
+    ]
 
 
-NO_TOKENS = UpdateStats({}, {}, 0, loss=0.0, grad_norm=0.0, lr=1e-6, skipped=True)
+NO_TOKENS = UpdateStats({}, {}, [], 0, loss=0.0, grad_norm=0.0, lr=1e-6, skipped=True)
 
 
 def test_off_by_default() -> None:
@@ -30,18 +32,27 @@ def test_off_by_default() -> None:
     assert after_step(config, None, 1, measured(0.3)) is None
 
 
-def test_one_step_by_hand() -> None:
+def test_by_hand() -> None:
     config = algorithm(gain=0.5, integral_steps=10, max_change=1.0)
     first = after_step(config, None, 1, measured(0.3, 0.4))
-    assert first is not None
-    error = (0.4 - 0.35) / 0.4
-    change = 0.5 * error / 10  # no jump at the start: only the integral part
-    assert first == EntropyControl(pytest.approx(0.5 - change), 1.0, pytest.approx(error))
+    share = 0.5 * (0.125 + 0.0125)
+    assert first == EntropyControl(pytest.approx(0.5 - share), 1.0, pytest.approx(0.0125))
     second = after_step(config, first, 2, measured(0.5))
-    assert second is not None
-    change = 0.5 * (-0.25 - error - 0.25 / 10)
-    assert second.beta1 == pytest.approx(first.beta1 - change)
-    assert second.beta2 == pytest.approx(1.0 + change * 0.5), "the range of beta2 is half as wide"
+    share = 0.5 * (-0.25 + (0.0125 - 0.025))
+    beta2 = pytest.approx(1.0 + share * 0.5)  # whose range is half as wide
+    assert second == EntropyControl(pytest.approx(0.5 - share), beta2, pytest.approx(-0.0125))
+
+
+def test_no_step_moves_a_beta_by_more_than_max_change() -> None:
+    control = after_step(algorithm(max_change=0.05), None, 1, measured(4.0))
+    assert control == EntropyControl(pytest.approx(0.55), pytest.approx(0.975), pytest.approx(-9 / 50))
+
+
+def test_the_integral_stops_where_it_alone_would_cover_the_ranges() -> None:
+    config, control = algorithm(gain=2.0, integral_steps=1.0), None
+    for step in range(1, 100):
+        control = after_step(config, control, step, measured(0.1))
+    assert control == EntropyControl(beta1=0.0, beta2=1.0, integral=0.5)
 
 
 def test_too_little_entropy_lowers_beta1_and_raises_beta2() -> None:
@@ -71,9 +82,9 @@ def test_gentle_and_within_its_ranges(entropies: list[float], max_change: float)
 @pytest.mark.parametrize("updates", [[], [NO_TOKENS], measured(math.nan), measured(math.inf, 0.4)])
 def test_a_step_without_a_measurement_changes_nothing(updates: list[UpdateStats]) -> None:
     config = algorithm()
-    control = EntropyControl(0.3, 0.9, error=0.1)
+    control = EntropyControl(0.3, 0.9, integral=0.1)
     assert after_step(config, control, 5, updates) == control
-    assert after_step(config, None, 1, updates) == EntropyControl(0.5, 1.0, error=None)
+    assert after_step(config, None, 1, updates) == EntropyControl(0.5, 1.0, integral=0.0)
 
 
 def test_equal_bounds_pin_a_beta() -> None:
@@ -85,12 +96,10 @@ def test_equal_bounds_pin_a_beta() -> None:
 
 def test_a_target_curve_is_followed() -> None:
     config = algorithm(target={"piecewise_constant": {1: 0.4, 3: 0.2}})
-    control = after_step(config, None, 2, measured(0.3))
-    assert control is not None
-    assert control.error == pytest.approx(0.25)
-    control = after_step(config, control, 3, measured(0.3))
-    assert control is not None
-    assert control.error == pytest.approx(-0.5)
+    too_low, too_high = after_step(config, None, 2, measured(0.3)), after_step(config, None, 3, measured(0.3))
+    assert too_low is not None
+    assert too_high is not None
+    assert too_low.beta1 < 0.5 < too_high.beta1
 
 
 @pytest.mark.parametrize("start", [0.2, 0.4, 0.7])

@@ -234,7 +234,13 @@ def test_benchmarks_from_both_places(tmp_path: Path) -> None:
     own = {"path": write(tmp_path / "b.jsonl", {"problem": "7=", "answer": 7}), "samples": 2, "temperature": 1.0}
     config = config_with(
         tmp_path,
-        data={"eval": files, "prompt_suffix": " a", "max_prompt_tokens": 64},
+        data={
+            "eval": files,
+            "prompt_suffix": " a",
+            "max_prompt_tokens": 64,
+            "question_column": "question",  # not mine's
+            "answer_column": "answer",
+        },
         eval={"samples": 3, "max_response_tokens": 16, "benchmarks": {"mine": {**own, "prompt_suffix": " b"}}},
     )
     found = load_benchmarks(config, make_tiny_tokenizer(), 80)

@@ -86,11 +86,11 @@ def test_the_controllers_betas_replace_the_configured_ones() -> None:
     config = config_with({"entropy_target": {"target": {"linear": {1: 0.4, 3: 0.2}}}})
     start = values_in_force(config, 1, range(1), None)[0]
     assert (start.loss.beta1, start.loss.beta2, start.entropy_target) == (0.5, 1.0, 0.4)
-    moved = values_in_force(config, 2, range(1), EntropyControl(0.25, 0.75, error=0.1))[0]
+    moved = values_in_force(config, 2, range(1), EntropyControl(0.25, 0.75, integral=0.1))[0]
     assert (moved.loss.beta1, moved.loss.beta2) == (0.25, 0.75)
     assert moved.entropy_target == pytest.approx(0.3)
     narrowed = config_with({"entropy_target": {"target": 0.4, "beta1": [0.4, 0.6], "beta2": [1, 1]}})
-    inside = values_in_force(narrowed, 2, range(1), EntropyControl(0.25, 0.75, error=0.1))[0].loss
+    inside = values_in_force(narrowed, 2, range(1), EntropyControl(0.25, 0.75, integral=0.1))[0].loss
     assert (inside.beta1, inside.beta2) == (0.4, 1.0), "ranges that changed on resuming hold"
-    switched_off = values_in_force(config_with(), 2, range(1), EntropyControl(0.25, 0.75, error=0.1))[0].loss
+    switched_off = values_in_force(config_with(), 2, range(1), EntropyControl(0.25, 0.75, integral=0.1))[0].loss
     assert (switched_off.beta1, switched_off.beta2) == (0.5, 1.0)

@@ -52,11 +52,14 @@ def test_each_step_is_evaluated_once_even_across_a_resume(tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == [f"step_0000000{n}" for n in (0, 2, 4)]
 
     # The run lost everything after step 2: what was evaluated later was of other weights.
+    by_command = tmp_path / "eval" / "step_00000004-0123abcd"
+    by_command.mkdir()
     _, evaluations, reports = make(tmp_path, engine, step=2)
     for step in (2, 4):
         engine.version = step
         evaluate_if_due(config, SINGLE, evaluations, step)
     assert [step for step, _ in reports] == [4]
+    assert by_command.exists(), "megatron-gppo eval's"
 
 
 def test_an_interrupted_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """How many responses a second the reward pool judges, against calling math-verify directly in one process.
 
-    python tools/benchmark_rewards.py [--workers 2] [--problems 100] [--think-tokens 4000]
+    python tools/bench_rewards.py [--workers 2] [--problems 100] [--think-tokens 4000]
 
 Responses are synthetic: prose with formulas, then a boxed answer. A fifth of the answers are wrong, and a group of 8
 shares its ground truth, as in training. Prints items per second and their ratio.
