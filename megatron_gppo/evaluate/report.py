@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from megatron_gppo.evaluate.benchmarks import Benchmark
@@ -110,7 +111,13 @@ def read_report(path: Path) -> Report:
 
 def console_table(report: Report) -> Table:
     """A line a benchmark, and the average of several."""
-    table = Table(title=f"{report.model}: accuracy in %, with 95% confidence intervals over problems")
+    # Narrow enough for the 80 columns that output without a terminal has.
+    table = Table(
+        title=f"{report.model}: accuracy in %, with 95% confidence intervals over problems",
+        box=box.SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     headings, *rows = _cells(report)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "benchmark" else "right", no_wrap=True)
@@ -166,7 +173,7 @@ def headline(step: int, report: Report) -> str:
 
 def _cells(report: Report) -> list[list[str]]:
     """Headings and rows of the table."""
-    rows = [["benchmark", "problems", "k", "avg@k", "", "pass@k", "maj@k", "truncated %", "tokens"]]
+    rows = [["benchmark", "problems", "k", "avg@k", "", "pass@k", "maj@k", "cut %", "tokens"]]
     for name, of_one in report.scores.items():
         rows.append(
             [
