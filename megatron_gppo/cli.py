@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description="Prints the first rows as the model gets them, lengths, and what is dropped and why.",
         )
     )
-    preview.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (%(default)s)")
+    preview.add_argument("--rows", type=_count, default=3, metavar="N", help="rows to show (%(default)s)")
     for command in (train, evaluate, preview):
         command.add_argument("--config", required=True, metavar="FILE", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the file")
@@ -67,6 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_status(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows. Fix: give 0 or more")
+    return int(text)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -121,6 +121,8 @@ class _Loader:
             raise DataError(f"{labels}: no rows. Fix: give files that hold prompts")
         if not self._prompts:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self._dropped.items())
+            if self._bad_rows:
+                raise DataError(f"{labels}: none of {self._num_rows} rows can be used: {reasons}. {self._bad_rows[0]}")
             raise DataError(
                 f"{labels}: none of {self._num_rows} rows can be used: {reasons}. Fix: raise data.max_prompt_tokens "
                 f"({self._config.max_prompt_tokens}) for rows that are too long; see megatron-gppo data preview"

@@ -93,6 +93,14 @@ def test_a_prompt_of_exactly_the_limit_stays(tmp_path: Path, tokenizer):
     )
 
 
+def test_where_no_row_is_good_the_first_bad_one_is_named(tmp_path: Path, tokenizer):
+    file = write_lines(tmp_path / "a.jsonl", [chat_row("")])
+    message = error_of(tokenizer, file, on_bad_row="skip")
+    assert "none of 1 rows can be used: 1 bad row." in message
+    assert f"{file}, line 1" in message
+    assert "max_prompt_tokens" not in message
+
+
 def test_plain_rows_by_the_names_of_their_columns(tmp_path: Path, tokenizer):
     columns = {"question_column": "problem", "answer_column": "solution.final"}
     rows = [

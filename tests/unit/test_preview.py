@@ -63,3 +63,10 @@ def test_histogram() -> None:
     wide = histogram(list(range(100, 1100)), limit=5000)
     assert len(wide) == 10
     assert sum(int(line.split()[-1]) for line in wide) == 1000
+
+
+def test_a_negative_number_of_rows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["data", "preview", "--config", "absent.yaml", "--rows", "-1"])
+    assert ended.value.code == 2
+    assert "--rows: '-1' is not a number of rows" in capsys.readouterr().err
