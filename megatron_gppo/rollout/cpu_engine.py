@@ -20,6 +20,7 @@ SERVER_ARGS: dict[str, str | int | float | bool] = {
     "disable_overlap_schedule": True,
     "max_total_tokens": 16384,
     "skip_server_warmup": True,
+    "sleep_on_idle": True,  # or the scheduler polls with a core to itself, which the trainer needs
 }
 
 
