@@ -3,7 +3,7 @@
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -148,15 +148,17 @@ SECONDS_PER_PROGRESS_LINE = 60.0  # where there is no terminal to draw a bar in
 
 
 class Phases:
-    """Seconds by phase, of one step: from the creation of this object on."""
+    """Seconds by phase, of one step: from the creation of this object on. on_enter hears of each phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_enter: Callable[[str], None] = lambda phase: None) -> None:
+        self._on_enter = on_enter
         self._start = time.perf_counter()
         self._phases: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Adds the seconds of the block to its phase."""
+        self._on_enter(phase)
         start = time.perf_counter()
         try:
             yield

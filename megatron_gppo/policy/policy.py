@@ -1,6 +1,6 @@
 """The trained policy: what train.py sees of Megatron."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,14 @@ class Policy:
     Its weights are undefined until checkpoint.load_weights or checkpoint.load has filled them.
     """
 
-    def __init__(self, config: Config, architecture: Architecture, parallel: ParallelState):
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        parallel: ParallelState,
+        on_microbatch: Callable[[], None] = lambda: None,
+    ):
+        """on_microbatch: called at the forward of each, in every pass."""
         self.config = config
         self.architecture = architecture
         self.parallel = parallel
@@ -40,6 +47,7 @@ class Policy:
             vocab_size=architecture.vocab_size,
             temperature=config.rollout.temperature,
             sequence_parallel=config.parallel.sequence_parallel,
+            on_microbatch=on_microbatch,
         )
 
     def keep_reference(self) -> None:
