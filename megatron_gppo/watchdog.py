@@ -11,7 +11,9 @@ A blocked collective never returns to Python, so the process is ended from the t
 """
 
 import faulthandler
+import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -112,7 +114,7 @@ class Watchdog:
         except (PeerFailed, PeerGone):
             raise
         except Exception as error:
-            cause = str(error).splitlines()[0] if str(error) else ""
+            cause = _first_sentence(error)
             self._peers.say(Ending("failure", self._rank, f"{self._where()}: {type(error).__name__}: {cause}"))
             if not _is_of_communication(error):
                 self._await(lambda: self._peers.ending is not None, 2.0)
@@ -121,6 +123,7 @@ class Watchdog:
             raise PeerGone(cause) from error
 
     def _who_is_gone(self) -> str:
+        self._ending_seen = time.monotonic() + 2 * REPORT_S  # to be left alone meanwhile
         self._await(lambda: self._peers.num_reports == self._world_size, REPORT_S)
         ending = self._peers.ending
         if ending is None:
@@ -171,7 +174,9 @@ class Watchdog:
             report += f"(not kept in {self._folder}: {error.strerror})\n"
         print(report, file=sys.stderr, flush=True)
         self._peers.say(Ending("stall", self._rank, stall))
-        self._await(lambda: self._peers.num_reports == self._world_size, REPORT_S)
+        silent = len(self._peers.silent(self._stall_s))
+        if time.monotonic() - self._peers.last_contact < self._stall_s:
+            self._await(lambda: self._peers.num_reports >= self._world_size - silent, REPORT_S)
         if self._peers.ending is None:
             others = "the other ranks could not be told"
         elif self._peers.num_reports == self._world_size:
@@ -199,6 +204,8 @@ class Watchdog:
         print(f"error: {why}", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
+        for child in multiprocessing.active_children():  # checkpointing's; they would wait for this process for ever
+            child.kill()
         os._exit(1)
 
     def _await(self, condition: Callable[[], bool], seconds: float) -> None:
@@ -217,6 +224,12 @@ class Watchdog:
             lines.append(f"  thread {names.get(ident, ident)}:\n")
             lines += traceback.format_stack(frame)
         return "".join(lines)
+
+
+def _first_sentence(error: Exception) -> str:
+    """Without the source file that gloo names first, and the advice that follows."""
+    line = str(error).splitlines()[0] if str(error) else ""
+    return re.sub(r"^\[\S*:\d+\] ", "", line).split(". ")[0]
 
 
 def _is_of_communication(error: BaseException) -> bool:
