@@ -81,6 +81,8 @@ TAGS: dict[str, str] = {
     "engine/logprob_difference_mean": "mean |log-prob by the policy - log-prob by the engine| in nats, same weights",
     "engine/logprob_difference_max": "the largest of these",
     "engine/logprob_difference_bias": "their mean with sign, policy minus engine",
+    "engine/routing_difference": "share of the experts that the policy chooses for a probe's tokens and an engine does not, every "
+    "sync.verify_every steps; only with a mixture, and engines that have server_args.enable_return_routed_experts",
     "engine/importance_weight": "mean weight of the correction for the engine; only with algorithm.importance_correction",
     "engine/importance_corrected": "share of tokens whose weight was truncated or masked; likewise",
     "seconds/step": "the whole step",

@@ -78,11 +78,12 @@ def train_step(run: Run, done: Progress) -> Progress | None:
         entropy_control=after_step(config.algorithm, done.entropy_control, step, stats),
     )
 
+    routing: dict[str, float] = {}
     with phases("sync"), saved_if_engines_fail(run, progress):
         if run.sync is not None:
             run.sync.sync(policy.shards(), version=step)
             if step % config.sync.verify_every == 0:
-                probe(run, run.sync, samples[0])
+                routing = probe(run, run.sync, samples[0])
 
     with phases("checkpoint"):
         if step % config.run.save_every == 0 or step == config.train.steps:
@@ -90,7 +91,9 @@ def train_step(run: Run, done: Progress) -> Progress | None:
 
     run.watchdog.enter("log")
     if run.logger is not None and rollout is not None:
-        scalars = step_scalars(rollout, stats, progress.entropy_trace, phases.seconds) | in_force_scalars(in_force)
+        scalars = (
+            step_scalars(rollout, stats, progress.entropy_trace, phases.seconds) | in_force_scalars(in_force) | routing
+        )
         texts = sample_texts(rollout, config.run.log_samples)
         run.logger.log_step(step, scalars, texts, step_histograms(stats))
         warn_of_drift(config, step, worst, rollout)
@@ -124,10 +127,18 @@ def evaluate(run: Run, progress: Progress) -> None:
         evaluate_if_due(run.config, run.parallel, run.evaluations, progress.step)
 
 
-def probe(run: Run, sync: WeightSync, sample: Sample) -> None:
-    """Compares log-probs of one sample between policy and engines. Raises WeightSyncError if they differ."""
+def probe(run: Run, sync: WeightSync, sample: Sample) -> dict[str, float]:
+    """Compares log-probs of one sample between policy and engines. Raises WeightSyncError if they differ.
+
+    Returns the scalars of a mixture: how far they differ in the experts that they choose.
+    """
     token_ids = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
-    sync.verify_probe(token_ids, run.policy.sequence_logprobs(token_ids))
+    with run.policy.chosen_experts() as chosen:
+        logprobs = run.policy.sequence_logprobs(token_ids)
+    sync.verify_probe(token_ids, logprobs)
+    experts = chosen.gather(len(token_ids))
+    difference = None if experts is None else sync.routing_difference(token_ids, experts)
+    return {} if difference is None else {"engine/routing_difference": difference}
 
 
 def warn_of_drift(config: Config, step: int, worst: WorstSample | None, rollout: Rollout) -> None:

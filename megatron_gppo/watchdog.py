@@ -23,11 +23,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import NoReturn
 
-import torch.distributed as dist
-
 from megatron_gppo.config import Config
 from megatron_gppo.job import Job
-from megatron_gppo.parallel import PeerFailed
+from megatron_gppo.parallel import PeerFailed, is_of_communication
 from megatron_gppo.peers import Ending, Peers
 
 INTERVAL_S = 0.25
@@ -116,7 +114,7 @@ class Watchdog:
         except Exception as error:
             cause = _first_sentence(error)
             self._peers.say(Ending("failure", self._rank, f"{self._where()}: {type(error).__name__}: {cause}"))
-            if not _is_of_communication(error):
+            if not is_of_communication(error):
                 self._await(lambda: self._peers.ending is not None, 2.0)
                 raise
             print(f"error: {self._where()}: {self._who_is_gone()} ({cause})", file=sys.stderr, flush=True)
@@ -230,8 +228,3 @@ def _first_sentence(error: Exception) -> str:
     """Without the source file that gloo names first, and the advice that follows."""
     line = str(error).splitlines()[0] if str(error) else ""
     return re.sub(r"^\[\S*:\d+\] ", "", line).split(". ")[0]
-
-
-def _is_of_communication(error: BaseException) -> bool:
-    """Whether a collective or the store failed, and not this rank's own code."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -15,7 +15,7 @@ from megatron_gppo.parallel import ParallelState
 from megatron_gppo.weight_sync.endpoint import WeightEndpoint
 from megatron_gppo.weight_sync.export import Bucket, Exporter
 from megatron_gppo.weight_sync.push import WeightPusher
-from megatron_gppo.weight_sync.verify import Checksums, check_restored, compare_logprobs, reset_weights
+from megatron_gppo.weight_sync.verify import Checksums, check_restored, compare_logprobs, reset_weights, unlike
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Mean absolute difference of the probe's log-probs, in nats.
@@ -113,6 +113,20 @@ class WeightSync:
                 compare_logprobs(endpoint.url, engine, logprobs.cpu(), self._tolerance)
                 for endpoint, engine in zip(self._endpoints, by_engine, strict=True)
             )
+
+        return self._parallel.from_rank_0(compare)
+
+    def routing_difference(self, token_ids: Sequence[int], chosen: torch.Tensor) -> float | None:
+        """Share of the experts chosen by the policy (`chosen`, [L, layers, k]) that an engine does not choose for the same tokens.
+
+        The largest of the engines'; None where none of them says.
+        """
+
+        def compare() -> float | None:
+            head = token_ids[: len(chosen)]
+            by_engine = self._pusher.on_all("routing", lambda endpoint: endpoint.chosen_experts(head, chosen.shape[1]))
+            differences = [unlike(chosen[: len(engine)], engine) for engine in by_engine if engine is not None]
+            return max(differences, default=None)
 
         return self._parallel.from_rank_0(compare)
 

@@ -22,7 +22,7 @@ from megatron_gppo.weight_sync import WeightSync, WeightSyncError
 from megatron_gppo.weight_sync.endpoint import WeightEndpoint
 from megatron_gppo.weight_sync.export import Bucket, Exporter
 from megatron_gppo.weight_sync.push import WeightPusher
-from megatron_gppo.weight_sync.verify import check_restored, compare_logprobs, reset_weights
+from megatron_gppo.weight_sync.verify import check_restored, compare_logprobs, reset_weights, unlike
 from tests.support.policy_shards import SINGLE
 
 ARCHITECTURE = Architecture(
@@ -278,3 +278,10 @@ def test_tensors_that_are_not_restored_are_counted_and_named(peer: Peer) -> None
     peer.answers["/weights_checker"] = (200, checksums(a="1"))
     with pytest.raises(WeightSyncError, match=r"12 of 13 tensors .*: b \(tp rank 0\), .*k \(tp rank 0\) and 2 more\."):
         check_restored(WeightEndpoint(peer.url, None, 10), before)
+
+
+def test_experts_are_compared_as_sets() -> None:
+    policy = torch.tensor([[[0, 3], [1, 2]]])
+    assert unlike(policy, torch.tensor([[[3, 0], [1, 2]]])) == 0
+    assert unlike(policy, torch.tensor([[[0, 1], [1, 2]]])) == 0.25
+    assert unlike(policy, torch.tensor([[[1, 2], [0, 3]]])) == 1
