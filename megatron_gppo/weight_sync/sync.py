@@ -38,6 +38,7 @@ class SyncStats:
     seconds: float
     num_bytes: int  # sent to each engine
     num_buckets: int
+    phases: dict[str, float]  # seconds: prepare, export, send (that the export did not hide), check
 
 
 class WeightSync:
@@ -76,13 +77,13 @@ class WeightSync:
         sync.pause says what becomes of requests in flight.
         """
         start = time.perf_counter()
-        self._send(shards, version)
+        phases = self._send(shards, version)
         self._syncs += 1
         if self._config.verify_all_every is not None and self._syncs % self._config.verify_all_every == 0:
             self._verify_all(shards, version)
         assert self._exporter is not None
         seconds = self._parallel.from_rank_0(lambda: time.perf_counter() - start)
-        return SyncStats(seconds, self._exporter.num_bytes, self._exporter.num_buckets)
+        return SyncStats(seconds, self._exporter.num_bytes, self._exporter.num_buckets, phases)
 
     def verify_start(self, shards: Mapping[str, Tensor], version: int, *, engines_hold_policy: bool) -> None:
         """Syncs, and proves for every tensor of every engine that the sync wrote it, and wrote the right thing.
@@ -119,17 +120,22 @@ class WeightSync:
         """Leaves the engines. Not collective."""
         self._transport.close()
 
-    def _send(self, shards: Mapping[str, Tensor], version: int) -> None:
-        """One push, and more of them as long as an engine that fails takes the others' connections with it."""
+    def _send(self, shards: Mapping[str, Tensor], version: int) -> dict[str, float]:
+        """One push, and more of them as long as an engine that fails takes the others' connections with it.
+
+        Returns the seconds of the last one, by phase.
+        """
         if self._exporter is None:
             bucket_bytes = self._config.bucket_mb * 2**20
             self._exporter = Exporter(self._parameters, shards, self._parallel, self._dtype, bucket_bytes)
             self._sample = RollingSample(self._exporter.names)
         failed: dict[str, str] = {}  # in this sync: who comes back meanwhile waits for the next
-        while not self._send_once(shards, version, failed):
-            pass
+        phases = None
+        while phases is None:
+            phases = self._send_once(shards, version, failed)
+        return phases
 
-    def _send_once(self, shards: Mapping[str, Tensor], version: int, failed: dict[str, str]) -> bool:
+    def _send_once(self, shards: Mapping[str, Tensor], version: int, failed: dict[str, str]) -> dict[str, float] | None:
         urls = self._parallel.from_rank_0(lambda: [url for url in self._to_sync() if url not in failed])
         buckets = self._buckets(shards, urls)
         if self._parallel.rank != 0:
@@ -138,14 +144,16 @@ class WeightSync:
 
     def _push(
         self, buckets: Iterator[Bucket | None], urls: Sequence[str], version: int, failed: dict[str, str]
-    ) -> bool:
-        """Whether the engines at `urls` have the weights, all but those that failed and are now in `failed`."""
+    ) -> dict[str, float] | None:
+        """Seconds by phase when the engines at `urls` have the weights, all but those that failed and are now in `failed`.
+        None when those that are left have to be sent them again.
+        """
         assert self._exporter is not None
         assert self._sample is not None
         assert self._engines is not None
         try:
             with self._fleet(urls, failed) as fleet:
-                push(
+                phases = push(
                     fleet,
                     self._transport,
                     (bucket for bucket in buckets if bucket is not None),
@@ -156,13 +164,13 @@ class WeightSync:
                     sample=self._sample,
                 )
         except SendAgainError:
-            return False
+            return None
         finally:
             # The other ranks gather and send to the end, whatever became of the engines.
             _drain(buckets)
         self._synced = [endpoint.url for endpoint in fleet.endpoints]
         self._engines.synced(self._synced, version)
-        return True
+        return phases
 
     def _verify_all(self, shards: Mapping[str, Tensor], version: int) -> None:
         """Overwrites the weights of the engines, sends them again, and compares with what they had."""
