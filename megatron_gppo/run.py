@@ -24,7 +24,7 @@ from megatron_gppo.training_prompts import (
     without_unreadable_answers,
     write_decontamination_report,
 )
-from megatron_gppo.weight_sync import WeightSync
+from megatron_gppo.weight_sync import WeightSync, WeightSyncError
 
 # In run.dir:
 CHECKPOINTS = "checkpoints"
@@ -49,6 +49,22 @@ class Run:
         for generating in (self.rollouts, self.evaluations):
             if generating is not None:
                 generating.cancel()
+
+
+class FixedEngines:
+    """The engines that a run starts with, all of which it needs to the end."""
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self._urls = urls
+
+    def to_sync(self) -> list[str]:
+        return list(self._urls)
+
+    def synced(self, urls: Sequence[str], version: int) -> None:
+        pass
+
+    def lost(self, url: str, why: str) -> None:
+        raise WeightSyncError(f"weight sync, {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +154,13 @@ def connect(
 
     engines: list[Engine] = []
 
-    def wait_for_engines() -> list[str]:
+    def wait_for_engines() -> None:
         assert services is not None
         engines.extend(services.wait_for_engines())
-        return [engine.url for engine in engines]
 
-    sync = WeightSync(config, policy.architecture, parallel, parallel.from_rank_0(wait_for_engines))
+    parallel.from_rank_0(wait_for_engines)
+    synced = FixedEngines([engine.url for engine in engines]) if parallel.rank == 0 else None
+    sync = WeightSync(config, policy.architecture, parallel, synced)
     stack.callback(sync.close)
     untouched = config.rollout.mode == "managed" and config.model.checkpoint is None and progress.step == 0
     sync.verify_start(policy.shards(), progress.step, engines_hold_policy=untouched)
