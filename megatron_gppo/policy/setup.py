@@ -40,8 +40,13 @@ def initialize_model_parallel(config: Config) -> ParallelState:
     )
     # Megatron forks this generator around its tensor-parallel regions even where nothing is drawn from it.
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
-    # Rank 0 generates for everyone, so the others may wait here for a whole rollout.
-    waiting = config.run.collective_timeout_s + config.rollout.request_timeout_s * (1 + config.rollout.max_retries)
+    # Rank 0 generates for everyone, so the others may wait here for a whole rollout, in which engines are started again.
+    rollout = config.rollout
+    waiting = (
+        config.run.collective_timeout_s
+        + rollout.request_timeout_s * (1 + rollout.max_retries)
+        + rollout.start_timeout_s * (1 + rollout.max_restarts)
+    )
     return ParallelState(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
