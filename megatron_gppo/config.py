@@ -756,6 +756,9 @@ class RunConfig(Section):
     """Checkpoints to keep."""
     collective_timeout_s: PositiveFloat = 1800.0
     """Limit for a collective operation between ranks."""
+    stall_timeout_s: PositiveFloat = 600.0
+    """Time without any progress after which all ranks print what they are at, and end. What has a limit of its own (a request, a
+    part of a sync, a collective operation) gets that on top."""
     log_samples: Annotated[int, Field(ge=0)] = 3
     """Prompt, response and reward of so many samples a step, as text in TensorBoard."""
 
