@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 from megatron_gppo import entropy_trace
 from megatron_gppo.algorithm import after_step, samples_from_groups, values_in_force
@@ -34,10 +35,12 @@ from megatron_gppo.policy import (
     initialize_model_parallel,
     shut_down,
 )
+from megatron_gppo.rollout.dispatch import EnginesNeedWeights
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import RolloutCancelled, RolloutError
+from megatron_gppo.rollout.pool import EnginePool
 from megatron_gppo.rollout.reward_pool import RewardError
-from megatron_gppo.run import CHECKPOINTS, Run, build_policy, connect, start_services
+from megatron_gppo.run import CHECKPOINTS, Run, build_policy, connect, start_node_engines, start_services
 from megatron_gppo.scalars import in_force_scalars, sample_texts, step_histograms, step_scalars
 from megatron_gppo.watchdog import PeerGone, Watchdog
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
@@ -50,8 +53,9 @@ def train_step(run: Run, done: Progress) -> Progress | None:
 
     with phases("rollout"), saved_if_engines_fail(run, done):  # judged groups on rank 0, samples everywhere
         rollout, samples = generate(run, step)
-    if samples is None:
-        return None
+        if samples is None:
+            return None
+        run.if_colocated(EnginePool.release_memory)
 
     with phases("score"):  # this rank's packed micro-batches, with the log-probs of the policy as it is now
         updates = pack_updates(
@@ -81,7 +85,9 @@ def train_step(run: Run, done: Progress) -> Progress | None:
     routing: dict[str, float] = {}
     with phases("sync"), saved_if_engines_fail(run, progress):
         if run.sync is not None:
+            run.if_colocated(EnginePool.resume_weights)
             run.sync.sync(policy.shards(), version=step)
+            run.if_colocated(EnginePool.resume_kv_cache)
             if step % config.sync.verify_every == 0:
                 routing = probe(run, run.sync, samples[0])
 
@@ -101,30 +107,43 @@ def train_step(run: Run, done: Progress) -> Progress | None:
 
 
 def generate(run: Run, step: int) -> tuple[Rollout | None, list[Sample] | None]:
-    """The step's rollout on rank 0, and its samples on every rank; (None, None) if the user cancelled it."""
+    """The step's rollout on rank 0, and its samples on every rank; (None, None) if the user cancelled it.
+
+    When none but restarted engines are left, all ranks give them the weights, and it goes on.
+    """
     rollout: Rollout | None = None
 
-    def samples_of_rollout() -> list[Sample] | None:
+    def samples_of_rollout() -> list[Sample] | Literal["engines need weights"] | None:
         nonlocal rollout
         assert run.rollouts is not None
         try:
             rollout = run.rollouts.next(step, policy_version=step - 1)
         except RolloutCancelled:
             return None
+        except EnginesNeedWeights:
+            return "engines need weights"
         config = run.config
         return samples_from_groups(
             rollout.groups, advantage=config.algorithm.advantage, mask_truncated=config.train.mask_truncated
         )
 
-    samples = run.parallel.from_rank_0(samples_of_rollout)
+    while (samples := run.parallel.from_rank_0(samples_of_rollout)) == "engines need weights":
+        sync_again(run, version=step - 1)
     return rollout, samples
+
+
+def sync_again(run: Run, version: int) -> None:
+    """Gives the weights of a step that is done to engines that came back since."""
+    assert run.sync is not None
+    run.sync.sync(run.policy.shards(), version)
 
 
 def evaluate(run: Run, progress: Progress) -> None:
     """What eval.every asks for at this step. After an interruption it goes on where it stopped."""
     run.watchdog.enter("evaluation")
     with saved_if_engines_fail(run, progress):
-        evaluate_if_due(run.config, run.parallel, run.evaluations, progress.step)
+        step = progress.step
+        evaluate_if_due(run.config, run.parallel, run.evaluations, step, lambda: sync_again(run, version=step))
 
 
 def probe(run: Run, sync: WeightSync, sample: Sample) -> dict[str, float]:
@@ -179,6 +198,7 @@ def train(config: Config, architecture: Architecture) -> signal.Signals | None:
     with ExitStack() as stack:
         # First what can fail, and what takes long to start: no GPU is held meanwhile.
         services = start_services(config, architecture, stack) if os.environ["RANK"] == "0" else None
+        start_node_engines(config, stack)
         job = join_job(config)
         watchdog = stack.enter_context(Watchdog(config, job))
         stack.callback(shut_down)

@@ -45,7 +45,8 @@ def limits(config: Config) -> dict[str, float]:
     """
     stall = config.run.stall_timeout_s
     collective = stall + config.run.collective_timeout_s
-    requests = stall + config.rollout.request_timeout_s * (1 + config.rollout.max_retries)
+    rollout = config.rollout
+    requests = stall + rollout.request_timeout_s * (1 + rollout.max_retries) + rollout.start_timeout_s
     return {
         "join": collective,
         "build": collective,
