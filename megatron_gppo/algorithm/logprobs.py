@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_gppo.algorithm.output_layer import HiddenGradient, TileLogits, WeightGradient, centre_of
+from megatron_gppo.algorithm.output_layer import (
+    HiddenGradient,
+    TileLogits,
+    WeightGradient,
+    WeightTiles,
+    centre_of,
+    operand_of,
+)
 from megatron_gppo.algorithm.softmax import LogitGradient, Softmax, SoftmaxSums
 from megatron_gppo.algorithm.vocabulary import VocabularyShard, vocabulary_shard
 
@@ -130,13 +137,14 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy_requires_grad: bool,
         main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        gathered = _gather_tokens(hidden, gather_group)
-        centre = centre_of(gathered, weight, targets, shard, temperature)
+        operand = operand_of(_gather_tokens(hidden, gather_group))
+        centre = centre_of(operand, weight, targets, shard, temperature)
         centre_values = None if centre is None else centre.values
         sums = SoftmaxSums(targets, shard, temperature, with_entropy=with_entropy, centre=centre)
-        logits = TileLogits(gathered, weight, centre_values)
+        weight_tiles = WeightTiles(weight, operand.dtype)
+        logits = TileLogits(operand, len(weight), centre_values)
         for columns in shard.tiles():
-            sums.add(logits(columns), columns)
+            sums.add(logits(weight_tiles(columns)), columns)
         softmax = sums.over_ranks()
         ctx.save_for_backward(hidden, weight, targets, centre_values, *softmax.kept(entropy_requires_grad))
         ctx.shard, ctx.gather_group, ctx.temperature, ctx.main_grad = shard, gather_group, temperature, main_grad
@@ -150,19 +158,19 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets, centre, *kept = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         shard, softmax = ctx.shard, Softmax(*kept)
-        gathered = _gather_tokens(hidden, ctx.gather_group)
+        operand = operand_of(_gather_tokens(hidden, ctx.gather_group))
         gradient = LogitGradient(softmax, targets, shard, ctx.temperature, grad_logprobs, grad_entropy, centre=centre)
-        of_hidden = None
-        if needs_hidden:
-            of_hidden = HiddenGradient(weight, targets, gradient.of_targets, shard)
-        of_weight = WeightGradient(gathered, weight, shard, ctx.main_grad) if needs_weight else None
-        logits = TileLogits(gathered, weight, centre)
+        of_hidden = HiddenGradient(weight, targets, gradient.of_targets, shard) if needs_hidden else None
+        of_weight = WeightGradient(operand, weight, shard, ctx.main_grad) if needs_weight else None
+        weight_tiles = WeightTiles(weight, operand.dtype)
+        logits = TileLogits(operand, len(weight), centre)
         for columns in shard.tiles():
-            tile = logits(columns)
-            grad = tile if tile.dtype == weight.dtype else torch.empty_like(tile, dtype=weight.dtype)
+            weight_tile = weight_tiles(columns)
+            tile = logits(weight_tile)
+            grad = tile if tile.dtype == operand.dtype else torch.empty_like(tile, dtype=operand.dtype)
             gradient.write(tile, columns, out=grad)
             if of_hidden is not None:
-                of_hidden.add(grad, columns)
+                of_hidden.add(grad, weight_tile)
             if of_weight is not None:
                 gradient.write_targets(columns, out=grad)
                 of_weight.add(grad, columns)
