@@ -155,7 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.entropy_study.run", description="Run the entropy study.")
     parser.add_argument("--dir", type=Path, default=FOLDER, help="folder of the study (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="8 steps and one seed, to see that everything works")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (%(default)s)")
     parser.add_argument(
         "--lanes", type=int, default=cores, help="runs at a time: trainer and engine take turns on a core (%(default)s)"
