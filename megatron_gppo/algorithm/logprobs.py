@@ -44,8 +44,9 @@ def linear_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target, and entropy, of softmax(hidden @ weight.T / temperature).
 
-    Beside the inputs, O(T) is kept for the backward. The working memory is one tile, [T, 4096] of the inputs' dtype, on
-    CUDA also in fp32, and two to four times [T, H].
+    Beside the inputs, O(T) is kept for the backward. The working memory is one tile, [T, 4096] of the inputs' dtype, and two
+    to four times [T, H]. For bf16 on CUDA, the tile also in fp32; on a CPU without instructions for bf16, all of it in fp32,
+    and twice [4096, H].
 
     Args:
         hidden: [T, H] fp32 or bf16; [T/TP, H], the rank's share of the tokens, when sequence_parallel.

@@ -136,7 +136,9 @@ class WeightGradient:
         assert self._all_rows is not None
         rows = self._all_rows[columns]
         if rows.dtype == grad.dtype and self._transposed_hidden is None:
-            torch.addmm(rows, grad.t(), self._hidden, beta=float(self._adds), out=rows)  # beta 0: rows may hold anything
+            torch.addmm(
+                rows, grad.t(), self._hidden, beta=float(self._adds), out=rows
+            )  # beta 0: rows may hold anything
         elif self._adds:
             rows += self._product(grad)
         else:
@@ -144,14 +146,14 @@ class WeightGradient:
 
     def _product(self, grad: Tensor) -> Tensor:
         """[C, H], where it cannot be formed in its place."""
-        if self._transposed_hidden is not None:
-            out = _matrix(self._memory, len(self._transposed_hidden), grad.shape[1])
-            product = torch.mm(self._transposed_hidden, grad, out=out).t()
-            # An addition to fp32 that transposes takes ten times as long.
-            return product.contiguous() if self._adds else product
-        if grad.dtype == torch.float32 and self._memory is not None:
-            return torch.mm(grad.t(), self._hidden, out=_matrix(self._memory, grad.shape[1], self._hidden.shape[1]))
-        return torch.mm(grad.t(), self._hidden, out_dtype=torch.float32)
+        if self._memory is None:
+            return torch.mm(grad.t(), self._hidden, out_dtype=torch.float32)
+        size, columns = self._hidden.shape[1], grad.shape[1]
+        if self._transposed_hidden is None:
+            return torch.mm(grad.t(), self._hidden, out=_matrix(self._memory, columns, size))
+        product = torch.mm(self._transposed_hidden, grad, out=_matrix(self._memory, size, columns)).t()
+        # An addition to fp32 that transposes takes ten times as long.
+        return product.contiguous() if self._adds else product
 
 
 def _is_bf16_on_cpu(tensor: Tensor) -> bool:
