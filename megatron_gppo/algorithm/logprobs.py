@@ -175,6 +175,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if of_weight is not None:
                 gradient.write_targets(columns, out=grad)
                 of_weight.add(grad, columns)
+            del grad  # or it would exist beside the next one
         grad_hidden = None
         if of_hidden is not None:
             grad_hidden = _sum_over_ranks(of_hidden.sum, shard.group, ctx.gather_group).to(hidden.dtype)

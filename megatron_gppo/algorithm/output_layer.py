@@ -78,16 +78,17 @@ class TileLogits:
     def __init__(self, hidden: Tensor, vocabulary_size: int, centre: Tensor | None) -> None:
         """hidden: [T, H]. centre: [T] bf16, taken off the logits, which then are bf16."""
         self._hidden, self._centre = hidden, centre
-        self._memory = _memory(hidden, len(hidden), vocabulary_size)
+        dtype = torch.float32 if centre is None else hidden.dtype
+        self._memory = _memory(hidden, len(hidden), vocabulary_size, dtype)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """[T, C] of these [C, H] rows, fp32 without a centre. Good until the next call."""
         out = _matrix(self._memory, len(self._hidden), len(weight))
         if self._centre is not None:
             return torch.addmm(self._centre[:, None], self._hidden, weight.t(), beta=-1, out=out)
-        if out.dtype == torch.float32:
+        if self._hidden.dtype == torch.float32:
             return torch.mm(self._hidden, weight.t(), out=out)
-        return torch.mm(self._hidden, weight.t(), out_dtype=torch.float32)
+        return torch.mm(self._hidden, weight.t(), out_dtype=torch.float32, out=out)
 
 
 class HiddenGradient:
