@@ -151,3 +151,10 @@ def test_a_push_that_failed_in_between_has_its_turn_again() -> None:
     assert sample.skip == turn
     sync(sample, tensors, {CPU: tensors})
     assert sample.skip != turn
+
+
+def test_a_tensor_that_is_not_sent() -> None:
+    tensors = make_tensors()
+    sample = RollingSample([*tensors, "lm_head.weight"])
+    with pytest.raises(WeightSyncError, match=f"{len(tensors)} tensors were sent, not {len(tensors) + 1}"):
+        sync(sample, tensors, {GPU: tensors})
