@@ -117,8 +117,9 @@ class WeightSync:
         return self._parallel.from_rank_0(compare)
 
     def close(self) -> None:
-        """Leaves the engines. Not collective."""
-        self._transport.close()
+        """Leaves the engines. Not collective; does nothing except on rank 0."""
+        if self._parallel.rank == 0:
+            self._transport.close()
 
     def _send(self, shards: Mapping[str, Tensor], version: int) -> dict[str, float]:
         """One push, and more of them as long as an engine that fails takes the others' connections with it.
