@@ -23,7 +23,7 @@ from megatron_gppo.weight_sync.push import push
 from megatron_gppo.weight_sync.sample import RollingSample
 from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_gppo.weight_sync.transport import SendAgainError, Transport
-from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs
+from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs, unlike
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DISK_FOLDER = "weights"  # in run.dir
@@ -113,6 +113,21 @@ class WeightSync:
                 compare_logprobs(endpoint.url, engine, logprobs.cpu(), self._tolerance)
                 for endpoint, engine in by_engine.items()
             )
+
+        return self._parallel.from_rank_0(compare)
+
+    def routing_difference(self, token_ids: Sequence[int], chosen: torch.Tensor) -> float | None:
+        """Share of the experts chosen by the policy (`chosen`, [L, layers, k]) that an engine does not choose for the same tokens.
+
+        The largest of the engines'; None where none of them says.
+        """
+
+        def compare() -> float | None:
+            head = token_ids[: len(chosen)]
+            with self._fleet(self._synced) as fleet:
+                by_engine = fleet.on_all("routing", lambda endpoint: endpoint.chosen_experts(head, chosen.shape[1]))
+            differences = [unlike(chosen[: len(engine)], engine) for engine in by_engine.values() if engine is not None]
+            return max(differences, default=None)
 
         return self._parallel.from_rank_0(compare)
 

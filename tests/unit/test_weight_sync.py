@@ -25,7 +25,7 @@ from megatron_gppo.weight_sync.distributed import DistributedTransport
 from megatron_gppo.weight_sync.endpoint import EngineTensor, WeightEndpoint
 from megatron_gppo.weight_sync.export import Exporter
 from megatron_gppo.weight_sync.fleet import Fleet
-from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs
+from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs, unlike
 from tests.support.policy_shards import SINGLE
 from tests.support.synced_engines import GivenEngines
 
@@ -295,3 +295,10 @@ def test_tensors_that_are_not_restored_are_counted_and_named() -> None:
     before = named(**dict.fromkeys("abcdefghijklm", "1"))
     with pytest.raises(WeightSyncError, match=r"12 of 13 tensors .*: b \(tp rank 0\), .*k \(tp rank 0\) and 2 more\."):
         check_restored("http://e", before, named(a="1"))
+
+
+def test_experts_are_compared_as_sets() -> None:
+    policy = torch.tensor([[[0, 3], [1, 2]]])
+    assert unlike(policy, torch.tensor([[[3, 0], [1, 2]]])) == 0
+    assert unlike(policy, torch.tensor([[[0, 1], [1, 2]]])) == 0.25
+    assert unlike(policy, torch.tensor([[[1, 2], [0, 3]]])) == 1
