@@ -79,6 +79,10 @@ class RemoteHost:
         self._number = -1
         self._closed = False
 
+    @property
+    def gpus(self) -> list[int]:
+        return self._place.gpus
+
     def start(self) -> None:
         self._number += 1
         if self._number > 0:  # the first is the node's own

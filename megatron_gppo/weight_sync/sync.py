@@ -235,9 +235,9 @@ class WeightSync:
         """The engines at `urls`. Those that fail in the body are reported, and added to `failed`."""
         assert self._engines is not None
         failed = {} if failed is None else failed
-        fleet = Fleet(
-            [WeightEndpoint(url, self._api_key, self._config.timeout_s) for url in urls], failed_before=dict(failed)
-        )
+        engines, timeout_s = self._engines, self._config.timeout_s
+        endpoints = [WeightEndpoint(url, self._api_key, timeout_s, engines.gpus(url)) for url in urls]
+        fleet = Fleet(endpoints, failed_before=dict(failed))
         try:
             yield fleet
         finally:

@@ -89,7 +89,7 @@ def test_another_process_reads_a_bucket_on_the_gpu(model: Path) -> None:
     fleet = Fleet([receiver])
     transport = SharedMemoryTransport(SINGLE)
     transport.prepare(
-        fleet, {receiver: EngineProcess(receiver.url, "", 1, 0, 1, "bfloat16", "cuda", False)}, bucket.data.device
+        fleet, {receiver: EngineProcess(receiver.url, "", 1, (0,), "bfloat16", "cuda", False)}, bucket.data.device
     )
     transport.pass_bucket(bucket, bucket.data.numel(), [receiver.url], bucket.data.device)
     transport.send(fleet, bucket, "bucket 1 of 1", None)

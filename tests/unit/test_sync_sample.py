@@ -11,7 +11,7 @@ from megatron_gppo.weight_sync.bucket import Bucket, num_bytes
 from megatron_gppo.weight_sync.endpoint import Checksums, EngineProcess, EngineTensor
 from megatron_gppo.weight_sync.sample import RollingSample, digest, engine_name
 
-CPU = EngineProcess("http://e", "1", 1, 0, 1, "float32", "cpu", False)
+CPU = EngineProcess("http://e", "1", 1, (0,), "float32", "cpu", False)
 GPU = replace(CPU, device="cuda")
 TWO_RANKS = replace(GPU, tp_size=2)
 LAYERS = 2

@@ -130,7 +130,7 @@ def test_engines_on_other_machines_cannot_share_memory() -> None:
     assert is_on_this_machine("http://localhost:30000")
     assert not is_on_this_machine("http://192.0.2.1:30000")
     elsewhere = WeightEndpoint("http://192.0.2.1:30000", None, 1)
-    process = EngineProcess(elsewhere.url, "", 1, 0, 1, "bfloat16", "cpu", False)
+    process = EngineProcess(elsewhere.url, "", 1, (0,), "bfloat16", "cpu", False)
     with pytest.raises(
         WeightSyncError, match=r"http://192.0.2.1:30000 is not on rank 0's machine.* Fix: set sync.transport"
     ):
@@ -141,7 +141,7 @@ def test_each_rank_of_an_engine_gets_a_handle() -> None:
     transport = SharedMemoryTransport(SINGLE)
     engine = Endpoint("http://127.0.0.1:1")
     fleet = Fleet([engine])
-    transport.prepare(fleet, {engine: EngineProcess(engine.url, "", 2, 0, 1, "bfloat16", "cpu", False)}, CPU)
+    transport.prepare(fleet, {engine: EngineProcess(engine.url, "", 2, (0, 1), "bfloat16", "cpu", False)}, CPU)
     transport.send(fleet, make_buckets()[0], "bucket 1 of 1", "3")
     transport.wait(fleet)
     [(path, body)] = engine.calls
