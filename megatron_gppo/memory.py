@@ -4,35 +4,38 @@ State of the policy, bytes a parameter: weights 2 (bf16) or 4 (fp32), gradients 
 bf16 (fp32 master and Adam's two moments) or 8 for fp32; optimizer.distributed divides the last by the ranks that hold the same
 parameter.
 
-Activations, for a micro-batch that fills train.tokens_per_microbatch. Letters: s tokens of it on the rank (1/cp of them),
-t = tp, u = t under sequence parallelism and 1 without, h hidden size, q and k rows of the queries and of the keys (heads x
+Activations, for micro-batches that fill train.tokens_per_microbatch. Letters: s tokens of one on a rank (1/cp of it), t = tp,
+u = t under sequence parallelism and 1 without, h hidden size, q and k rows of the queries and of the keys (heads x
 head_dim), d head_dim, f ffn_hidden_size, e that of an expert, r experts_per_token, E experts. A layer keeps for its
-backward, in numbers a token (x2 bytes in bf16, x4 in fp32):
+backward, in numbers a token (2 bytes each in bf16, 4 in fp32):
 
-                                      fused (TransformerEngine)       local layers (CPU)
-    inputs and outputs of two norms   4h/u                            6h/u   with the normalised input
-    linear_qkv's output               (q + 2k)/t                      the same; values stay in it
-    norms of queries and keys         (q + k)/t                       the same; Qwen3 only
-    rotary positions                  (q + k)/t                       (q + k)/t + 4d
-    attention's output                q/t                             2q/t + whole keys and values under cp: 2k cp/t
-    MLP                               3f/t                            5f/t
-    or experts, equally loaded        r (h + 3e)/u                    r (h + 6e)/u
-       and their router               8E/u                            the same
+                                      TransformerEngine     local layers on a CPU
+    inputs and outputs of two norms   4h/u                  6h/u           the normalised inputs, too
+    linear_qkv's output               (q + 2k)/t            (q + 2k)/t     the values stay in it
+    norms of queries and keys         (q + k)/t             (2q + k)/t     Qwen3 only
+    rotary positions                  (q + k)/t             (q + k)/t + 4d
+    attention's output                q/t                   2q/t           and 2k cp/t under cp: the row's keys and values
+    MLP                               3f/t                  5f/t
+    or experts, equally loaded        r (h + 3e)/u          r (h + 6e)/u
+       and their router               8E/u                  8E/u
 
-With recompute: full a layer keeps its input, h/u, and the layer that is in its backward all of the above once. 1F1B has
-at most pp - p micro-batches under way on stage p (counted from 0); interleaving has 2 (pp - p - 1) + (vpp - 1) pp + 1
-chunks of 1/vpp of the stage's layers. Neither has more than the update has. The last stage keeps 3h/u more, for the final norm.
+With recompute: full a layer keeps its input, h/u, and all of the above only while it is in its backward. On stage p (from
+0) 1F1B has at most pp - p micro-batches under way, interleaving 2 (pp - p - 1) + (vpp - 1) pp + 1 chunks of 1/vpp of the
+stage's layers; neither has more than the update has. All that is "activations".
 
-For a moment there is, on top of it, the larger of: the gradients within a layer, (3f/t + 2h/u) s or r (3e + 2h) s/u numbers;
-the output layer's tile of C = 4096 columns on the last stage, 14 bytes (logits, their gradient, and two passes' scratch)
-x s C, and 10 bytes x s h (hidden states gathered, and their gradient in fp32, twice).
+"Working" is what there is beside it for a moment: the larger of
 
-Tests compare the column of the local layers with what autograd keeps in a real Megatron model. The fused column follows
-from what TransformerEngine's layers save, and was not measured.
+  - in a layer's backward: what was recomputed, and gradients of (3f/t + 2h/u) or r (3e + 2h)/u numbers a token;
+  - in the output layer, on the last stage: the final norm's 2h/u numbers (3h/u locally), 14 bytes a token for each of a
+    tile's 4096 columns (logits, their gradient, and scratch), and 10 h (hidden states gathered; their gradient, twice, in fp32).
+
+Tests compare the local column with what autograd keeps in a real Megatron model. TransformerEngine's follows from what its
+layers save, and was not measured; --dry-run prints it.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -59,6 +62,26 @@ class StageMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
+class Activations(NamedTuple):
+    """Bytes of activations on a rank of one pipeline stage."""
+
+    kept: int  # by all micro-batches under way, from one step of the pipeline to the next
+    recomputed: int  # by the layer in its backward, with recompute: full
+    gradients: int  # within that layer
+    final_norm: int  # kept by it on the last stage, until the output layer's backward is done
+    output_layer: int  # its tile and gradients, on the last stage
+
+    @property
+    def saved(self) -> int:
+        """The most that autograd holds."""
+        return self.kept + max(self.recomputed, self.final_norm)
+
+    @property
+    def working(self) -> int:
+        """The most that there is beside kept."""
+        return max(self.recomputed + self.gradients, self.final_norm + self.output_layer)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
     """Bytes on each of an engine's GPUs."""
@@ -68,9 +91,9 @@ class EngineMemory:
 
 
 def stage_memory(
-    config: Config, architecture: Architecture, *, world_size: int, num_microbatches: int, fused: bool = True
+    config: Config, architecture: Architecture, *, world_size: int, num_microbatches: int
 ) -> list[StageMemory]:
-    """For each pipeline stage. num_microbatches: most that an update has on a rank. fused: see above."""
+    """For each pipeline stage. num_microbatches: most that an update has on a rank."""
     layout, bf16 = config.parallel, config.model.dtype == "bf16"
     dense_replicas, expert_replicas = 1, 1
     if config.optimizer.distributed:
@@ -80,15 +103,15 @@ def stage_memory(
     for stage, (dense, experts) in enumerate(parameters_by_stage(architecture, config)):
         weights = (dense + experts) * (2 if bf16 else 4)
         sharded = -(-dense // dense_replicas) + -(-experts // expert_replicas)
-        kept, moment = activation_bytes(config, architecture, stage, num_microbatches=num_microbatches, fused=fused)
+        activations = activations_of_stage(config, architecture, stage, num_microbatches, fused=True)
         stages.append(
             StageMemory(
                 parameters=dense + experts,
                 weights=weights,
                 gradients=(dense + experts) * 4,
                 optimizer=sharded * (12 if bf16 else 8),
-                activations=kept,
-                working=moment,
+                activations=activations.kept,
+                working=activations.working,
                 reference=weights if config.algorithm.kl_coef > 0 else 0,
             )
         )
@@ -117,27 +140,27 @@ def parameters_by_stage(architecture: Architecture, config: Config) -> list[tupl
     return [(count, of_experts // config.parallel.ep) for count, of_experts in zip(dense, experts, strict=True)]
 
 
-def activation_bytes(
-    config: Config, architecture: Architecture, stage: int, *, num_microbatches: int, fused: bool
-) -> tuple[int, int]:
-    """(kept for the backward by all micro-batches under way, needed beside it for a moment) on a rank of the stage."""
+def activations_of_stage(
+    config: Config, architecture: Architecture, stage: int, num_microbatches: int, *, fused: bool
+) -> Activations:
+    """fused: as TransformerEngine keeps them; else as the local layers do on a CPU."""
     layout = config.parallel
-    is_last = stage == layout.pp - 1
     tokens = config.train.tokens_per_microbatch // layout.row_alignment * layout.row_alignment // layout.cp
-    size = 2 if config.model.dtype == "bf16" else 4
+    number = tokens * (2 if config.model.dtype == "bf16" else 4)  # bytes of one number for each token
     hidden = architecture.hidden_size / _sequence_shards(config)
-
-    whole_layer = _numbers_kept_by_layer(architecture, config, fused)
-    kept_by_layer = hidden if config.train.recompute == "full" else whole_layer
-    kept = _layers_under_way(architecture, config, stage, num_microbatches) * kept_by_layer
-    if is_last:
-        kept += hidden * (2 if fused else 3)
-    in_backward = whole_layer if config.train.recompute == "full" else 0
-    working = (in_backward + _gradients_within_layer(architecture, config)) * size
-    if is_last:
-        columns = min(TILE_COLUMNS, architecture.padded_vocab_size(layout.tp) // layout.tp)
-        working = max(working, 14 * columns + 10 * architecture.hidden_size)
-    return math.ceil(tokens * kept * size), math.ceil(tokens * working)
+    full = config.train.recompute == "full"
+    by_layer = _numbers_kept_by_layer(architecture, config, fused)
+    is_last = stage == layout.pp - 1
+    columns = min(TILE_COLUMNS, architecture.padded_vocab_size(layout.tp) // layout.tp)
+    return Activations(
+        kept=math.ceil(
+            number * _layers_under_way(architecture, config, stage, num_microbatches) * (hidden if full else by_layer)
+        ),
+        recomputed=math.ceil(number * (by_layer - hidden)) if full else 0,
+        gradients=math.ceil(number * _gradients_within_layer(architecture, config)),
+        final_norm=math.ceil(number * hidden * (2 if fused else 3)) if is_last else 0,
+        output_layer=tokens * (14 * columns + 10 * architecture.hidden_size) if is_last else 0,
+    )
 
 
 def engine_memory(config: Config, architecture: Architecture, num_parameters: int) -> EngineMemory:
@@ -168,7 +191,7 @@ def _numbers_kept_by_layer(architecture: Architecture, config: Config, fused: bo
     keys = max(a.num_kv_heads / tp, 1) * a.head_dim
     kept = hidden * (4 if fused else 6) + 2 * (queries + keys) + keys + queries
     if a.qk_norm:
-        kept += queries + keys
+        kept += (1 if fused else 2) * queries + keys
     if not fused:
         kept += 4 * a.head_dim + queries + (2 * keys * layout.cp if layout.cp > 1 else 0)
     if not a.num_experts:

@@ -12,9 +12,12 @@ import sys
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from megatron_gppo.config import Config, dump_config, parse_config
 from megatron_gppo.convert import Architecture
+from megatron_gppo.policy.model import build_chunks
+from megatron_gppo.policy.setup import pretend_model_parallel, shut_down
 
 
 class BuildError(RuntimeError):
@@ -24,7 +27,7 @@ class BuildError(RuntimeError):
 def parameters_built(config: Config, world_size: int) -> list[int]:
     """Parameters of a rank of each pipeline stage. Takes an import of Megatron and about a second more. Raises BuildError."""
     process = subprocess.run(
-        [sys.executable, "-m", "megatron_gppo.policy.meta_build", str(world_size)],
+        [sys.executable, "-c", "from megatron_gppo.policy.meta_build import main; main()", str(world_size)],
         input=dump_config(config),
         capture_output=True,
         text=True,
@@ -42,10 +45,7 @@ def build(config: Config, architecture: Architecture, world_size: int) -> list[i
 
 
 def _build_stage(config: Config, architecture: Architecture, world_size: int, stage: int) -> int:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from megatron_gppo.policy.model import build_chunks
-    from megatron_gppo.policy.setup import pretend_model_parallel, shut_down
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # it imports much
 
     first_rank = stage * (world_size // config.parallel.pp)  # a stage's ranks follow each other
     dist.init_process_group("fake", store=FakeStore(), rank=first_rank, world_size=world_size)
@@ -59,8 +59,7 @@ def _build_stage(config: Config, architecture: Architecture, world_size: int, st
         shut_down()
 
 
-if __name__ == "__main__":
-    import yaml
-
-    wanted = parse_config(yaml.safe_load(sys.stdin))
-    print(json.dumps(build(wanted, Architecture.from_hf(wanted.model.hf_path), int(sys.argv[1]))))
+def main() -> None:
+    """The child: a configuration in, a list of numbers out."""
+    config = parse_config(yaml.safe_load(sys.stdin))
+    print(json.dumps(build(config, Architecture.from_hf(config.model.hf_path), int(sys.argv[1]))))
