@@ -135,6 +135,8 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     optimizer = "fp32 master weights and two moments" if config.model.dtype == "bf16" else "two fp32 moments"
     over = f"dp {plan.dp}" + (f" x cp {layout.cp}" if layout.cp > 1 else "")
     sharded = f", sharded over {over}" if config.optimizer.distributed and plan.dp * layout.cp > 1 else ""
+    if sharded and layout.ep > 1:
+        sharded += f", experts' over {plan.world_size // (layout.pp * layout.ep)}"
     titles = ("stage", "parameters", "weights", "gradients", "optimizer", "activations", "working", "GiB a rank")
     table = [titles]
     for number, stage in enumerate(plan.stages):

@@ -62,12 +62,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
     },
 }
-# Parameters in the released weights, as their model cards' safetensors say.
-PARAMETERS = {
-    "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
-    "DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
-    "Qwen3-8B": 8_190_735_360,
-    "Qwen3-30B-A3B": 30_532_122_624,
+# Billions of parameters, as published.
+PUBLISHED_BILLIONS = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": 1.78,
+    "DeepSeek-R1-Distill-Qwen-7B": 7.62,
+    "Qwen3-8B": 8.19,
+    "Qwen3-30B-A3B": 30.5,
 }
 
 
