@@ -138,7 +138,7 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     if sharded and layout.ep > 1:
         sharded += f", experts' over {plan.world_size // (layout.pp * layout.ep)}"
     titles = ("stage", "parameters", "weights", "gradients", "optimizer", "activations", "working", "GiB a rank")
-    table = [titles]
+    table: list[tuple[str, ...]] = [titles]
     for number, stage in enumerate(plan.stages):
         sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.working, stage.total)
         table.append((str(number), f"{stage.parameters:,}", *(f"{size / GIB:.2f}" for size in sizes)))
@@ -147,8 +147,14 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     rows = list(zip(["memory", *[""] * len(plan.stages)], lines, strict=True))
     rows += [
         ("", f"weights in {config.model.dtype}, gradients in fp32; optimizer: {optimizer}{sharded}"),
-        ("", f"activations of full micro-batches, recompute: {config.train.recompute}; formulas in megatron_gppo/memory.py"),
-        ("", "not counted: CUDA's context, communication buffers, the allocator's waste, and an engine on the same GPU"),
+        (
+            "",
+            f"activations of full micro-batches, recompute: {config.train.recompute}; formulas in megatron_gppo/memory.py",
+        ),
+        (
+            "",
+            "not counted: CUDA's context, communication buffers, the allocator's waste, and an engine on the same GPU",
+        ),
     ]
     if plan.memory.reference:
         rows.append(

@@ -89,17 +89,12 @@ def read_groups(port: int, size: int, count: int) -> list[list[Response]]:
     return asyncio.run(all_groups())
 
 
-def judge_groups(groups: list[list[Response]]) -> list[Group]:
-    rewards = Rewards(RewardConfig(workers=2))
-
+def judge_groups(rewards: Rewards, groups: list[list[Response]]) -> list[Group]:
     async def judge_all() -> list[Group]:
         verdicts = await asyncio.gather(*(rewards.judge(PROMPT, responses) for responses in groups))
         return [Group(PROMPT, responses, of_group) for responses, of_group in zip(groups, verdicts, strict=True)]
 
-    try:
-        return asyncio.run(judge_all())
-    finally:
-        rewards.close()
+    return asyncio.run(judge_all())
 
 
 def pack_step(samples: list[Sample], prompts: int, size: int, tokens: int, dp: int) -> int:
@@ -154,7 +149,12 @@ def main() -> None:
     finally:
         server.kill()
         server.join()
-    judging, groups = cpu_seconds(lambda: judge_groups(responses))
+    rewards = Rewards(RewardConfig(workers=2))
+    try:
+        judge_groups(rewards, responses[:1])  # starts the workers
+        judging, groups = cpu_seconds(lambda: judge_groups(rewards, responses))
+    finally:
+        rewards.close()
     making, samples = cpu_seconds(lambda: samples_from_groups(groups))
     pickling, pickled = cpu_seconds(lambda: pickle.dumps(samples))
     unpickling, _ = cpu_seconds(lambda: pickle.loads(pickled))
@@ -173,9 +173,13 @@ def main() -> None:
         ("every rank: samples unpickled", unpickling),
     ):
         print(f"{name:<34}{1000 * seconds / measured:>14.2f}{seconds / measured * in_step:>10.1f}")
-    print(f"{'every rank: packing':<34}{1000 * packing / in_step:>14.2f}{packing:>10.1f}   ({microbatches} micro-batches)")
-    print(f"an answer has {len(body) / size / 1e6:.2f} MB a response, the broadcast {len(pickled) / measured / 1e6:.3f} MB: "
-          f"{len(pickled) / measured * in_step / 1e9:.2f} GB a step")
+    print(
+        f"{'every rank: packing':<34}{1000 * packing / in_step:>14.2f}{packing:>10.1f}   ({microbatches} micro-batches)"
+    )
+    print(
+        f"an answer has {len(body) / size / 1e6:.2f} MB a response, the broadcast {len(pickled) / measured / 1e6:.3f} MB: "
+        f"{len(pickled) / measured * in_step / 1e9:.2f} GB a step"
+    )
 
 
 if __name__ == "__main__":

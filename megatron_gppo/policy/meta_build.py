@@ -34,7 +34,9 @@ def parameters_built(config: Config, world_size: int) -> list[int]:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     if process.returncode:
-        raise BuildError(f"Megatron does not build the model over {world_size} ranks:\n{process.stderr.strip()[-3000:]}")
+        raise BuildError(
+            f"Megatron does not build the model over {world_size} ranks:\n{process.stderr.strip()[-3000:]}"
+        )
     counts: list[int] = json.loads(process.stdout.splitlines()[-1])
     return counts
 

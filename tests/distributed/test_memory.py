@@ -95,4 +95,6 @@ def test_activations_are_what_autograd_keeps(
     config, architecture = config_of(folder, *case[1:]), Architecture.from_hf(folder)
     for peak, stage, num_microbatches in ranks:
         planned = activations_of_stage(config, architecture, stage, num_microbatches, fused=False).saved
-        assert planned == pytest.approx(peak, rel=TOLERANCE), f"stage {stage}: planned / measured = {planned / peak:.3f}"
+        assert planned == pytest.approx(peak, rel=TOLERANCE), (
+            f"stage {stage}: planned / measured = {planned / peak:.3f}"
+        )

@@ -4,7 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-_QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 10000, "use_sliding_window": False}
+_QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "rope_theta": 10000,
+    "use_sliding_window": False,
+}
 _QWEN3 = {"rope_theta": 1000000, "rope_scaling": None, "use_sliding_window": False, "attention_bias": False}
 _SHARED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 

@@ -106,18 +106,18 @@ def commands(tmp_path: Path) -> Path:
 
 def test_one_node(commands: Path) -> None:
     done = run("train.sh", "a.yaml", "run.seed=1", commands=commands, GPUS_PER_NODE="4")
-    assert done.stdout.split() == (
-        "torchrun --standalone --nproc-per-node 4 --shutdown-timeout 150 -m megatron_gppo.train --config a.yaml run.seed=1"
-    ).split(), done.stderr
+    assert done.stdout == (
+        "torchrun --standalone --nproc-per-node 4 --shutdown-timeout 150 -m megatron_gppo.train --config a.yaml run.seed=1\n"
+    ), done.stderr
 
 
 def test_a_node_of_several(commands: Path) -> None:
     environment = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1"}
     done = run("train.sh", "a.yaml", commands=commands, **environment)
-    assert done.stdout.split() == (
+    assert done.stdout == (
         "torchrun --nnodes 4 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 8 "
-        "--shutdown-timeout 150 -m megatron_gppo.train --config a.yaml sync.host=10.0.0.1"
-    ).split(), done.stderr
+        "--shutdown-timeout 150 -m megatron_gppo.train --config a.yaml sync.host=10.0.0.1\n"
+    ), done.stderr
     del environment["MASTER_ADDR"]
     failed = run("train.sh", "a.yaml", commands=commands, **environment)
     assert failed.returncode != 0
@@ -127,7 +127,9 @@ def test_a_node_of_several(commands: Path) -> None:
 
 def test_engines_of_a_node(commands: Path, tmp_path: Path) -> None:
     """One server for every ENGINE_TP GPUs; when one ends, the script ends the others."""
-    write_command(commands, "python", f'echo "$*" >> {tmp_path}/started; [[ $* != *"--base-gpu-id 4"* ]] && exec sleep 60')
+    write_command(
+        commands, "python", f'echo "$*" >> {tmp_path}/started; [[ $* != *"--base-gpu-id 4"* ]] && exec sleep 60'
+    )
     done = run("engines.sh", "MODEL", commands=commands, ENGINE_KEY="key", ENGINE_TP="4")
     started = sorted((tmp_path / "started").read_text().splitlines())
     assert [re.findall(r"--(?:base-gpu-id|port) (\d+)", line) for line in started] == [["0", "30000"], ["4", "30001"]]
@@ -145,7 +147,7 @@ def test_slurm_gives_the_first_nodes_to_the_policy(commands: Path) -> None:
         commands,
         "srun",
         'if [[ $* == *engines.sh* ]]; then echo "srun $*"; exec sleep 60; fi\n'
-        "while [[ $1 == --* ]]; do shift 2; done\nsleep 0.5; SLURM_NODEID=1 exec \"$@\"",
+        'while [[ $1 == --* ]]; do shift 2; done\nsleep 0.5; SLURM_NODEID=1 exec "$@"',
     )
     done = run(
         "train.sbatch",
