@@ -11,6 +11,8 @@ LAST_SHARE = 0.1  # of a run's steps: what its end is the mean of
 COLUMNS = {
     "entropy, first step": ("policy/entropy", "first"),
     "entropy, end": ("policy/entropy", "end"),
+    "left of the clip range, A < 0": ("ratio/left_of_clip_acting", "mean"),
+    "right of it, A > 0": ("ratio/right_of_clip_acting", "mean"),
     "accuracy, end": ("reward/accuracy", "end"),
     "KL, mean": ("policy/kl", "mean"),
     "gradient norm, mean": ("policy/grad_norm", "mean"),

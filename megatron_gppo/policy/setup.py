@@ -8,28 +8,30 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_gppo.config import Config
+from megatron_gppo.job import Job
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.policy import cpu_compat
 
+# Rank 0 generates for everyone, so the others may wait for a whole rollout, however long it is. That it moves on, the
+# watchdog sees.
+CONTROL_TIMEOUT = timedelta(days=7)
 
-def initialize_distributed(config: Config) -> None:
-    """Joins the job that torchrun started: NCCL where there is CUDA, gloo elsewhere."""
+
+def initialize_distributed(config: Config, job: Job) -> None:
+    """The default process group of all ranks: NCCL where there is CUDA, gloo elsewhere."""
     timeout = timedelta(seconds=config.run.collective_timeout_s)
     if torch.cuda.is_available():
         # Megatron overlaps tensor-parallel communication with matmuls by the order of launches, which one queue keeps.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=job.store, rank=job.rank, world_size=job.world_size, timeout=timeout)
 
 
 def initialize_model_parallel(config: Config) -> ParallelState:
     """Creates Megatron's groups over the ranks of the default process group."""
     _create_groups(config, gloo=True)
-    # Rank 0 generates for everyone, so the others may wait here for a whole rollout.
-    waiting = config.run.collective_timeout_s + config.rollout.request_timeout_s * (1 + config.rollout.max_retries)
-    return _parallel_state(config, dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting)))
+    return _parallel_state(config, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
 
 
 def pretend_model_parallel(config: Config) -> ParallelState:

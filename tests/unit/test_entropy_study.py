@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.entropy_study.report import markdown_table, report, summary
+from examples.entropy_study.report import COLUMNS, markdown_table, report, summary
 from examples.entropy_study.run import CONFIG, FOLDER, VARIANTS, run_dir
 from megatron_gppo.config import load_config
 from megatron_gppo.metrics import MetricsLogger
@@ -45,18 +45,22 @@ def test_summary() -> None:
 
 
 def test_table() -> None:
-    tags = ("policy/entropy", "reward/accuracy", "policy/kl", "policy/grad_norm")
+    tags = {tag for tag, _ in COLUMNS.values()}
     one, other = ({tag: {1: value, 2: value + 1} for tag in tags} for value in (1.0, 3.0))
     table = markdown_table({"A": [one, other], "B": [one]})
-    assert table.splitlines()[2] == "| A | 2 ± 1.4 | 3 ± 1.4 | 3 ± 1.4 | 2.5 ± 1.4 | 2.5 ± 1.4 | 3 ± 1.4 |"
-    assert table.splitlines()[3] == "| B | 1 | 2 | 2 | 1.5 | 1.5 | 2 |"
+    assert (
+        table.splitlines()[2]
+        == "| A | 2 ± 1.4 | 3 ± 1.4 | 2.5 ± 1.4 | 2.5 ± 1.4 | 3 ± 1.4 | 2.5 ± 1.4 | 2.5 ± 1.4 | 3 ± 1.4 |"
+    )
+    assert table.splitlines()[3] == "| B | 1 | 2 | 1.5 | 1.5 | 2 | 1.5 | 1.5 | 2 |"
 
 
 def test_report(tmp_path: Path) -> None:
+    tags = {*PANELS, *(tag for tag, _ in COLUMNS.values())}
     runs = {"A": [tmp_path / "a0", tmp_path / "a1"], "B": [tmp_path / "b0"]}
     for run in [*runs["A"], *runs["B"]]:
         with MetricsLogger(run, first_step=1, num_steps=2, console=Console(file=io.StringIO())) as logger:
             for step in (1, 2):
-                logger.log_step(step, dict.fromkeys(PANELS, float(step)))
+                logger.log_step(step, dict.fromkeys(tags, float(step)))
     assert report(runs, tmp_path) == (tmp_path / "table.md").read_text()
     assert (tmp_path / "study.png").exists()

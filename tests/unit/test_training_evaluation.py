@@ -18,7 +18,7 @@ from megatron_gppo.evaluate import training as training_module
 from megatron_gppo.evaluate.training import TrainingEvaluations, evaluate_if_due, is_complete, is_due
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import EngineRollouts
-from tests.support.fake_engine import FakeEngine, FakeJudge
+from tests.support.fake_engine import FakeEngine, FakeJudge, FixedEngines
 from tests.support.policy_shards import SINGLE
 from tests.support.rollout import make_config
 from tests.unit.test_evaluate import benchmark
@@ -29,7 +29,7 @@ def make(
 ) -> tuple[Config, TrainingEvaluations, list[tuple[int, Report]]]:
     config = make_config(Path("model"), run_dir).model_copy(update={"eval": EvalConfig(**{"every": 2, **eval_config})})
     problems = benchmark("b", range(100, 110))
-    evaluator = Evaluator(config.rollout, config.reward, [engine], judge or FakeJudge(), [problems])
+    evaluator = Evaluator(config.rollout, config.reward, FixedEngines([engine]), judge or FakeJudge(), [problems])
     reports: list[tuple[int, Report]] = []
     found = TrainingEvaluations(config, evaluator, lambda step, report: reports.append((step, report)), step=step)
     return config, found, reports
