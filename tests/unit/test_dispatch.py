@@ -12,11 +12,11 @@ from aiohttp import web
 from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Prompt, Response
 from megatron_gppo.rollout import dispatch as dispatch_module
-from megatron_gppo.rollout.dispatch import Dispatcher, EnginesNeedWeights, Prospect
+from megatron_gppo.rollout.dispatch import Dispatcher, EnginesNeedWeights
 from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, MalformedAnswerError
 from megatron_gppo.rollout.generate import EngineRollouts
 from megatron_gppo.rollout.lengths import ResponseLengths
-from tests.support.fake_engine import CountingPrompts, FakeEngine, FakeJudge, FixedEngines
+from tests.support.fake_engine import CountingPrompts, FakeEngine, FakeJudge, FixedEngines, ReturningEngines
 from tests.support.rollout import make_config
 
 SAMPLING = SamplingConfig()
@@ -106,9 +106,6 @@ def test_a_slow_engine_that_is_healthy_is_waited_for() -> None:
             await asyncio.sleep(0.5)
             return await super().generate(*args)
 
-        async def healthy(self) -> bool:
-            return True
-
     engines = FixedEngines([Slow()])
     found, counts = run(engines, 1, health_timeout_s=0.1)
     assert list(found) == [0]
@@ -156,24 +153,9 @@ def test_what_is_not_needed_ends() -> None:
     assert engine.aborts == 0, "others' requests go on"
 
 
-class Returning(FixedEngines):
-    """A lost engine comes back after some looks, in need of weights, until `given` is called."""
-
-    def __init__(self, engines: list[Engine], looks: int = 3) -> None:
-        super().__init__(engines)
-        self.looks = looks
-
-    def prospect(self) -> Prospect:
-        self.looks -= 1
-        return "starting" if self.looks > 0 else "needs weights"
-
-    def given(self) -> None:
-        self.reasons.clear()
-
-
 def test_a_rollout_waits_for_weights_and_goes_on_with_what_it_has() -> None:
     engine = FailingEngine("http://a", EngineFaultError("it died"), good=5)
-    engines = Returning([engine])
+    engines = ReturningEngines([engine])
     prompts = CountingPrompts()
     config = make_config(Path("unused"), Path("unused"), prompts_per_step=8, concurrency=2).rollout
     rollouts = EngineRollouts(config, engines, prompts, FakeJudge(), prompts_per_update=1)

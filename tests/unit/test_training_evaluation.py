@@ -16,20 +16,21 @@ from megatron_gppo.datatypes import Prompt, Response, Rollout, Verdict
 from megatron_gppo.evaluate import Evaluator, Report
 from megatron_gppo.evaluate import training as training_module
 from megatron_gppo.evaluate.training import TrainingEvaluations, evaluate_if_due, is_complete, is_due
-from megatron_gppo.rollout.engine import EngineError
+from megatron_gppo.rollout.engine import EngineError, EngineFaultError
 from megatron_gppo.rollout.generate import EngineRollouts
-from tests.support.fake_engine import FakeEngine, FakeJudge, FixedEngines
+from tests.support.fake_engine import FakeEngine, FakeJudge, FixedEngines, ReturningEngines
 from tests.support.policy_shards import SINGLE
 from tests.support.rollout import make_config
 from tests.unit.test_evaluate import benchmark
 
 
 def make(
-    run_dir: Path, engine: FakeEngine, *, judge: Any = None, step: int = 0, **eval_config: Any
+    run_dir: Path, engine: FakeEngine | FixedEngines, *, judge: Any = None, step: int = 0, **eval_config: Any
 ) -> tuple[Config, TrainingEvaluations, list[tuple[int, Report]]]:
     config = make_config(Path("model"), run_dir).model_copy(update={"eval": EvalConfig(**{"every": 2, **eval_config})})
     problems = benchmark("b", range(100, 110))
-    evaluator = Evaluator(config.rollout, config.reward, FixedEngines([engine]), judge or FakeJudge(), [problems])
+    engines = engine if isinstance(engine, FixedEngines) else FixedEngines([engine])
+    evaluator = Evaluator(config.rollout, config.reward, engines, judge or FakeJudge(), [problems])
     reports: list[tuple[int, Report]] = []
     found = TrainingEvaluations(config, evaluator, lambda step, report: reports.append((step, report)), step=step)
     return config, found, reports
@@ -95,6 +96,23 @@ def test_a_failure_reaches_the_training_loop(tmp_path: Path) -> None:
     config, evaluations, _ = make(tmp_path, FakeEngine(fails_on=105))
     with pytest.raises(EngineError, match="prompt 105 failed"):
         evaluate_if_due(config, SINGLE, evaluations, 0, no_weights)
+
+
+def test_engines_that_came_back_are_given_the_weights(tmp_path: Path) -> None:
+    class DiesOnce(FakeEngine):
+        async def generate(self, *arguments: Any) -> list[Response]:
+            if self.finished == 4:
+                self.finished += 1
+                raise EngineFaultError("it died")
+            return await super().generate(*arguments)
+
+    engine = DiesOnce()
+    engines = ReturningEngines([engine])
+    config, evaluations, reports = make(tmp_path, engines)
+    evaluate_if_due(config, SINGLE, evaluations, 0, engines.given)
+    assert not engines.reasons
+    assert [report.scores["b"].problems for _, report in reports] == [10]
+    assert engine.finished < 20, "what was done before was kept"
 
 
 def test_training_is_what_it_would_have_been(tmp_path: Path) -> None:
