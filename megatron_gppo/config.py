@@ -41,6 +41,7 @@ ScheduledBelow1 = Annotated[
 
 Objective = Literal["ce_gppo", "ppo_clip", "dapo", "cispo", "gspo"]
 Aggregation = Literal["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+PauseMode = Literal["abort", "retract", "in_place"]
 Advantage = Literal["mean_std", "mean", "leave_one_out"]
 
 
@@ -660,8 +661,16 @@ class OptimizerConfig(Section):
 class SyncConfig(Section):
     """Weights from the policy to the engines."""
 
+    transport: Literal["distributed", "tensor", "disk"] = "distributed"
+    """distributed: a torch.distributed group of rank 0 and the engines. tensor: memory that both see, for engines on the
+    trainer's GPUs (CUDA IPC) or, on the CPU, on rank 0's machine. disk: a folder that the engines read."""
     bucket_mb: PositiveInt = 512
-    """Size of a flattened bucket in MiB."""
+    """Size of a flattened bucket in MiB. Rank 0 keeps two of them."""
+    pause: PauseMode = "abort"
+    """What becomes of requests in flight. abort: they end with what they have. retract: they wait, and go on with a new KV
+    cache by the new weights. in_place: they wait, and go on with the KV cache of the old weights."""
+    disk_dir: Path | None = None
+    """Folder of transport disk, under the same path for the engines. None is run.dir/weights."""
     host: str = "127.0.0.1"
     """Address of rank 0 that the engines can reach, for the weight-transfer group."""
     timeout_s: PositiveFloat = 300.0
@@ -670,6 +679,15 @@ class SyncConfig(Section):
     """Compare the engine's log-probs of a probe sequence with the policy's every so many syncs."""
     verify_tolerance: PositiveFloat | None = None
     """Most mean absolute difference there, in nats. None is 1e-4 in fp32 and 0.05 in bf16."""
+    verify_all_every: PositiveInt | None = None
+    """Every so many syncs, overwrite all of the engines' tensors and sync again, to prove that each is written. It is always
+    done before the first step. None: not again."""
+
+    @model_validator(mode="after")
+    def _disk(self) -> "SyncConfig":
+        if self.disk_dir is not None and self.transport != "disk":
+            raise ValueError(f"disk_dir is of use with transport: disk only, not {self.transport}. Fix: drop either")
+        return self
 
 
 class BenchmarkConfig(SourceConfig):
@@ -739,6 +757,9 @@ class RunConfig(Section):
     """Checkpoints to keep."""
     collective_timeout_s: PositiveFloat = 1800.0
     """Limit for a collective operation between ranks."""
+    stall_timeout_s: PositiveFloat = 600.0
+    """Time without any progress after which all ranks print what they are at, and end. What has a limit of its own (a request, a
+    part of a sync, a collective operation) gets that on top."""
     log_samples: Annotated[int, Field(ge=0)] = 3
     """Prompt, response and reward of so many samples a step, as text in TensorBoard."""
 

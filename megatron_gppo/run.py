@@ -10,7 +10,6 @@ import torch
 from megatron_gppo.config import Config, ConfigError, dump_config
 from megatron_gppo.convert import Architecture, convert_hf_to_megatron
 from megatron_gppo.data import PromptSet, PromptStream, load_tokenizer
-from megatron_gppo.engine_sync import PoolSync
 from megatron_gppo.evaluate import Benchmark, Evaluator, load_benchmarks
 from megatron_gppo.evaluate.report import Report, headline, scalars
 from megatron_gppo.evaluate.training import TrainingEvaluations
@@ -29,6 +28,8 @@ from megatron_gppo.training_prompts import (
     without_unreadable_answers,
     write_decontamination_report,
 )
+from megatron_gppo.watchdog import Watchdog
+from megatron_gppo.weight_sync import WeightSync
 
 # In run.dir:
 CHECKPOINTS = "checkpoints"
@@ -42,10 +43,11 @@ class Run:
     config: Config
     parallel: ParallelState
     policy: Policy
-    sync: PoolSync | None  # None in replay: there is no engine
+    sync: WeightSync | None  # None in replay: there is no engine
     rollouts: RolloutSource | None  # rank 0 only, like all below
     prompts: PromptStream | None  # None in replay, too
     logger: MetricsLogger | None
+    watchdog: Watchdog
     evaluations: TrainingEvaluations | None = None  # None in replay, too
     engines: EnginePool | None = None  # likewise
 
@@ -121,6 +123,21 @@ def prepare_run_folder(config: Config, architecture: Architecture) -> None:
             convert_hf_to_megatron(config.model.hf_path, folder / CONVERTED)
 
 
+def build_policy(
+    config: Config, architecture: Architecture, parallel: ParallelState, watchdog: Watchdog
+) -> tuple[Policy, Progress]:
+    """The policy as the run left it, or as it starts."""
+    watchdog.enter("build")
+
+    def on_microbatch() -> None:
+        for phase in ("score", "train"):
+            watchdog.progress(phase)
+
+    policy = Policy(config, architecture, parallel, on_microbatch)
+    watchdog.enter("load")
+    return policy, restore(config, parallel, policy)
+
+
 def restore(config: Config, parallel: ParallelState, policy: Policy) -> Progress:
     """Fills the policy from the run's newest checkpoint, or from where it starts; the reference policy always from there."""
     found = parallel.from_rank_0(lambda: checkpoint.newest(config.run.dir / CHECKPOINTS))
@@ -143,28 +160,31 @@ def connect(
     policy: Policy,
     progress: Progress,
     services: Services | None,
+    watchdog: Watchdog,
     stack: ExitStack,
 ) -> Run:
     """Gives the engines the policy's weights, and proves that they arrived, before the first step."""
+    watchdog.enter("start", "waiting for the engines")
     logger = None
     if parallel.rank == 0:
         logger = MetricsLogger(config.run.dir, first_step=progress.step + 1, num_steps=config.train.steps)
         stack.enter_context(logger)
     if config.rollout.replay is not None:
         replay = ReplayRollouts(config.rollout.replay) if parallel.rank == 0 else None
-        return Run(config, parallel, policy, None, replay, None, logger)
+        return Run(config, parallel, policy, None, replay, None, logger, watchdog)
 
     engines = services.engines if services is not None else None
     parallel.from_rank_0(lambda: engines.wait_ready() if engines is not None else None)
-    sync = PoolSync(config, policy.architecture, parallel, engines)
+    sync = WeightSync(config, policy.architecture, parallel, engines)
     stack.callback(sync.close)
+    watchdog.enter("sync", "the first")
     untouched = config.rollout.mode == "managed" and config.model.checkpoint is None and progress.step == 0
     sync.verify_start(policy.shards(), progress.step, engines_hold_policy=untouched)
     # What the engines compute from now on is what the policy computes, whatever they had loaded before.
     token_ids = parallel.from_rank_0(lambda: services.prompts.prompts[0].token_ids if services is not None else [])
     sync.verify_probe(token_ids, policy.sequence_logprobs(token_ids))
     if services is None or engines is None or logger is None:
-        return Run(config, parallel, policy, sync, None, None, None)
+        return Run(config, parallel, policy, sync, None, None, None, watchdog)
 
     prompts = PromptStream(
         services.prompts.prompts,
@@ -182,15 +202,29 @@ def connect(
         prompts,
         shaped,
         prompts_per_update=config.train.prompts_per_update,
-        on_progress=logger.on_progress,
+        on_progress=both(logger.on_progress, watchdog.reporting("rollout")),
     )
     if config.rollout.record is not None:
         rollouts = RecordingRollouts(rollouts, config.rollout.record)
     evaluations = None
     if config.eval.every is not None:
         evaluator = Evaluator(config.rollout, config.reward, engines, judge, services.benchmarks)
-        evaluations = TrainingEvaluations(config, evaluator, log_evaluation(logger), step=progress.step)
-    return Run(config, parallel, policy, sync, rollouts, prompts, logger, evaluations, engines)
+        evaluations = TrainingEvaluations(
+            config,
+            evaluator,
+            log_evaluation(logger),
+            step=progress.step,
+            on_progress=watchdog.reporting("evaluation"),
+        )
+    return Run(config, parallel, policy, sync, rollouts, prompts, logger, watchdog, evaluations, engines)
+
+
+def both(first: Callable[[int, int], None], second: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def call(done: int, wanted: int) -> None:
+        first(done, wanted)
+        second(done, wanted)
+
+    return call
 
 
 def log_evaluation(logger: MetricsLogger) -> Callable[[int, Report], None]:

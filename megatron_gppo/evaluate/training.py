@@ -15,7 +15,7 @@ from megatron_gppo.evaluate.evaluator import Evaluator
 from megatron_gppo.evaluate.report import REPORT, Report
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.rollout.dispatch import EnginesNeedWeights
-from megatron_gppo.rollout.generate import RolloutCancelled
+from megatron_gppo.rollout.generate import Progress, RolloutCancelled
 
 MEETING_INTERVAL_S = 10.0
 EVALUATIONS = "eval"  # in run.dir
@@ -34,8 +34,17 @@ def is_complete(config: Config, step: int) -> bool:
 class TrainingEvaluations:
     """Rank 0's evaluations of a run, each in run.dir/eval/step_*. One at a time."""
 
-    def __init__(self, config: Config, evaluator: Evaluator, on_report: Callable[[int, Report], None], *, step: int):
+    def __init__(
+        self,
+        config: Config,
+        evaluator: Evaluator,
+        on_report: Callable[[int, Report], None],
+        *,
+        step: int,
+        on_progress: Progress = lambda done, wanted: None,
+    ):
         """step: the last one done. Later evaluations, of steps that the run has lost, are deleted."""
+        self._on_progress = on_progress
         self._config = config
         self._evaluator = evaluator
         self._on_report = on_report
@@ -70,7 +79,11 @@ class TrainingEvaluations:
     def _run(self, step: int) -> None:
         try:
             report = self._evaluator.run(
-                _folder(self._config, step), f"step {step}", self._identity(step), policy_version=step
+                _folder(self._config, step),
+                f"step {step}",
+                self._identity(step),
+                policy_version=step,
+                on_progress=self._on_progress,
             )
             self._on_report(step, report)
         except BaseException as failure:  # wait() raises it, in the thread that can end the run

@@ -8,20 +8,24 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_gppo.config import Config
+from megatron_gppo.job import Job
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.policy import cpu_compat
 
+# Rank 0 generates for everyone, so the others may wait for a whole rollout, however long it is. That it moves on, the
+# watchdog sees.
+CONTROL_TIMEOUT = timedelta(days=7)
 
-def initialize_distributed(config: Config) -> None:
-    """Joins the job that torchrun started: NCCL where there is CUDA, gloo elsewhere."""
+
+def initialize_distributed(config: Config, job: Job) -> None:
+    """The default process group of all ranks: NCCL where there is CUDA, gloo elsewhere."""
     timeout = timedelta(seconds=config.run.collective_timeout_s)
     if torch.cuda.is_available():
         # Megatron overlaps tensor-parallel communication with matmuls by the order of launches, which one queue keeps.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=job.store, rank=job.rank, world_size=job.world_size, timeout=timeout)
 
 
 def initialize_model_parallel(config: Config) -> ParallelState:
@@ -40,13 +44,6 @@ def initialize_model_parallel(config: Config) -> ParallelState:
     )
     # Megatron forks this generator around its tensor-parallel regions even where nothing is drawn from it.
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
-    # Rank 0 generates for everyone, so the others may wait here for a whole rollout, in which engines are started again.
-    rollout = config.rollout
-    waiting = (
-        config.run.collective_timeout_s
-        + rollout.request_timeout_s * (1 + rollout.max_retries)
-        + rollout.start_timeout_s * (1 + rollout.max_restarts)
-    )
     return ParallelState(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -66,7 +63,7 @@ def initialize_model_parallel(config: Config) -> ParallelState:
         ep_size=layout.ep,
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
-        control_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting)),
+        control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
     )
 
 

@@ -1,6 +1,6 @@
 """The exported buckets are the HF tensors, bit for bit, from every layout; a failing engine ends all ranks alike."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,11 @@ from megatron_gppo.config import parse_config
 from megatron_gppo.convert import Architecture, parameters
 from megatron_gppo.parallel import PeerFailed
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
-from megatron_gppo.weight_sync.export import Bucket, Exporter
+from megatron_gppo.weight_sync.bucket import Bucket
+from megatron_gppo.weight_sync.export import Exporter
 from tests.support.distributed import run_ranks
 from tests.support.policy_shards import cut, hf_tensors, make_parallel_state
+from tests.support.synced_engines import GivenEngines
 from tests.support.tiny import make_tiny_model
 
 BUCKET_BYTES = 40_000  # several buckets a stage; linear_fc1 and larger ones get one of their own
@@ -35,10 +37,12 @@ def export_case(rank: int, case: Case) -> tuple[int, list[Bucket]]:
     parallel = make_parallel_state(rank, **case.layout)
     shards = cut(architecture, hf_tensors(case.folder), parallel, interleaved=case.interleaved)
     exporter = Exporter(parameters(architecture), shards, parallel, case.dtype, BUCKET_BYTES)
-    first = list(exporter.export(shards))
-    second = list(exporter.export(shards))
-    assert [bucket.names for bucket in first] == [bucket.names for bucket in second]
-    return exporter.num_buckets, second
+    for _ in range(2):  # the second time into used buffers
+        items = [
+            None if bucket is None else replace(bucket, data=bucket.data.clone()) for bucket in exporter.export(shards)
+        ]
+    assert len(items) == exporter.num_buckets
+    return exporter.num_buckets, [bucket for bucket in items if bucket is not None]
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +141,11 @@ def sync_to_nobody(rank: int, folder: Path, url: str) -> tuple[str, str]:
             "rollout": {"mode": "external", "urls": [url]},
         }
     )
-    weight_sync = WeightSync(config, architecture, parallel, [url])
+    weight_sync = WeightSync(config, architecture, parallel, GivenEngines(url) if rank == 0 else None)
     messages = []
     for attempt in (
         lambda: weight_sync.sync(shards, 1),
-        lambda: weight_sync.verify_probe([1, 2, 3], torch.zeros(2)),
+        lambda: weight_sync.verify_start(shards, 1, engines_hold_policy=True),
     ):
         with pytest.raises(WeightSyncError if rank == 0 else PeerFailed) as error:
             attempt()
@@ -155,8 +159,8 @@ def test_an_engine_that_is_gone_fails_every_rank(folders: dict[str, Path]) -> No
 
     results = run_ranks(2, sync_to_nobody, folders["qwen2"], url)
 
-    for sync_message, probe_message in results:
-        assert "phase 'read the engine's layout'" in sync_message
-        assert "phase 'probe'" in probe_message
+    for sync_message, verify_message in results:
+        assert "no engine is left; phase 'read the engine's layout'" in sync_message
+        assert "no engine is left; phase 'pause'" in verify_message
         assert url in sync_message
-        assert url in probe_message
+        assert url in verify_message

@@ -7,27 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from megatron_gppo.convert import convert_megatron_to_hf
-from megatron_gppo.metrics import TAGS
 from megatron_gppo.policy.checkpoint import folder_name
 from megatron_gppo.rollout.record import read_rollout, write_rollout
 from megatron_gppo.weight_sync.endpoint import WeightEndpoint
 from tests.support.rollout import is_engine, processes_below, wait_gone
-from tests.support.training import lines_until, saved_weights, scalars, start_training, train, write_config
-
-PROBE = [5, 14, 6, 13, 8, 20, 33, 40, 7, 7]
-NOT_IN_EVERY_RUN = {  # among the scalars of two steps
-    "policy/reference_kl",
-    "algorithm/entropy_target",
-    "engine/importance_weight",
-    "engine/importance_corrected",
-    "entropy/covariance_correlation",
-    "memory/gpu_peak_gib",
-    "ratio/histogram",
-    "samples",
-}
+from tests.support.training import (
+    PROBE,
+    check_learned,
+    hf_logprobs,
+    lines_until,
+    saved_weights,
+    scalars,
+    start_training,
+    train,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +49,7 @@ def test_trains_and_gives_the_engine_the_new_weights(
     config = write_config(tmp_path, tiny_model, rollout={"mode": "external", "urls": [engine_url]})
     record = [f"rollout.record={recording}"] if layout and layout[0] == "parallel.tp=2" and ranks == 2 else []
     output = train(config, ranks, *layout, *record)
-
-    assert " 1/2 " in output
-    assert " 2/2 " in output
-    logged = scalars(tmp_path / "run")
-    assert set(logged) == set(TAGS) - NOT_IN_EVERY_RUN
-    assert max(logged["ratio/first_update_max_deviation"]) < 1e-5
-    assert max(logged["engine/logprob_difference_max"]) < 1e-4
-    outside = [
-        left + right for left, right in zip(logged["ratio/left_of_clip"], logged["ratio/right_of_clip"], strict=True)
-    ]
-    assert min(outside) > 0, "no ratio ever left the clip range"
-    assert min(logged["policy/grad_norm"]) > 0
-    assert max(logged["policy/skipped_updates"]) == 0
+    check_learned(output, tmp_path / "run")
 
     convert_megatron_to_hf(tmp_path / "run" / "checkpoints" / folder_name(2), tmp_path / "exported")
     engine = WeightEndpoint(engine_url, None, 60)
@@ -73,14 +57,6 @@ def test_trains_and_gives_the_engine_the_new_weights(
     new, old = hf_logprobs(tmp_path / "exported"), hf_logprobs(tiny_model)
     torch.testing.assert_close(engine.prompt_logprobs(PROBE), new, rtol=0, atol=2e-5)
     assert (new - old).abs().max() > 1e-2, "the weights have hardly moved"
-
-
-def hf_logprobs(folder: Path) -> torch.Tensor:
-    """[L-1] of PROBE."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(torch.tensor([PROBE])).logits[0, :-1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(PROBE[1:])[:, None])[:, 0]
 
 
 def test_resumed_equals_uninterrupted(recording: Path, tiny_model: Path, tmp_path: Path) -> None:
