@@ -33,7 +33,6 @@ def test_engines_on_two_nodes_that_die_in_a_rollout(tiny_model: Path, tmp_path: 
             "prompts_per_step": 8,
             "responses_per_prompt": 4,
             "max_response_tokens": 160,
-            "max_retries": 1,
         },
         train={"steps": 1000, "prompts_per_update": 4, "tokens_per_microbatch": 1024},
         run={"dir": str(tmp_path / "run"), "save_every": 1000},
@@ -54,7 +53,6 @@ def test_engines_on_two_nodes_that_die_in_a_rollout(tiny_model: Path, tmp_path: 
         os.kill(pid, signal.SIGKILL)  # while both generate
         output += lines_until(first, "serves again")
         assert f"lost the engine at {url}" in output
-        assert "ended with status 137" in output, "what the other node knows"
         output += lines_until(first, "/1000 ")
 
         (pid, own), (other_pid, url) = engine_of(first), engine_of(second)
