@@ -127,7 +127,7 @@ class ManagedServer:
         command = shlex.join("***" if part == self._api_key else part for part in self._command)
         fix = next((fix for sign, fix in FIXES if sign.lower() in text.lower()), "read the log")
         if self._api_key is not None:  # SGLang logs all its arguments, in one line of many thousand characters
-            text = text.replace(self._api_key, "***")
+            text = text.replace(repr(self._api_key), "'***'")
         tail = "\n".join(f"  | {line[:LOG_LINE_CHARACTERS]}" for line in text.splitlines()[-LOG_TAIL_LINES:])
         return f"{what}. Fix: {fix}\n  command: {command}\n  log: {self.log_path}, which ends:\n{tail}"
 
