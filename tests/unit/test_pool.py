@@ -233,6 +233,15 @@ def test_an_engine_lost_while_the_policy_trains_is_started_when_there_is_room_ag
         assert not calls, "nothing is released"
 
 
+def test_a_colocated_engine_that_is_the_only_one_is_started_for_the_sync() -> None:
+    host = FakeHost("a")
+    with serving_pool(host) as pool:
+        pool.release_memory()  # nobody answers
+        pool.resume_weights()
+        assert host.starts == 1
+        assert pool.to_sync() == ["http://a-2"]
+
+
 class FakeRouter:
     """Remembers the workers it was given."""
 
