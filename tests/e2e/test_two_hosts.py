@@ -48,7 +48,7 @@ class Printing:
     def printed(self) -> str:
         return "".join(self.lines)
 
-    def wait_for(self, text: str, timeout_s: float = 240) -> None:
+    def wait_for(self, text: str, timeout_s: float = 400) -> None:
         deadline = time.monotonic() + timeout_s
         while text not in self.printed:
             assert self.process.poll() is None, self.printed[-5000:]
