@@ -21,7 +21,7 @@ MODELS = {
     "qwen3_8b": "Qwen3-8B",
     "qwen3_30b_a3b": "Qwen3-30B-A3B",
 }
-# Ranks: half of a node, and the nodes that the README has train.
+# Ranks: four of one node's GPUs, and of 8 nodes'.
 RANKS = {"ce_gppo_1.5b": (4, 32), "ce_gppo_7b": (4, 32), "qwen3_8b": (4, 32), "qwen3_30b_a3b": (32,)}
 CASES = [(recipe, ranks) for recipe, numbers in RANKS.items() for ranks in numbers]
 RELEASED_CODE = ["algorithm.preset=released-code", "reward.scope=response", "reward.after_think=false"]
@@ -105,19 +105,22 @@ def commands(tmp_path: Path) -> Path:
 
 
 def test_one_node(commands: Path) -> None:
-    done = run("train.sh", "a.yaml", "run.seed=1", commands=commands, GPUS_PER_NODE="4")
+    done = run("train.sh", "a.yaml", "run.seed=1", commands=commands)
     assert done.stdout == (
         "torchrun --standalone --nproc-per-node 4 --shutdown-timeout 150 -m megatron_gppo.train --config a.yaml run.seed=1\n"
     ), done.stderr
 
 
+SEVERAL_NODES = (
+    "torchrun --nnodes 8 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 4 --shutdown-timeout 150 "
+    "-m megatron_gppo.train --config a.yaml sync.host=10.0.0.1 rollout.host=0.0.0.0 rollout.api_key=key run.seed=1\n"
+)
+
+
 def test_a_node_of_several(commands: Path) -> None:
-    environment = {"NNODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1"}
-    done = run("train.sh", "a.yaml", commands=commands, **environment)
-    assert done.stdout == (
-        "torchrun --nnodes 4 --node-rank 2 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 8 "
-        "--shutdown-timeout 150 -m megatron_gppo.train --config a.yaml sync.host=10.0.0.1\n"
-    ), done.stderr
+    environment = {"NNODES": "8", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.1", "ENGINE_KEY": "key"}
+    done = run("train.sh", "a.yaml", "run.seed=1", commands=commands, **environment)
+    assert done.stdout == SEVERAL_NODES, done.stderr
     del environment["MASTER_ADDR"]
     failed = run("train.sh", "a.yaml", commands=commands, **environment)
     assert failed.returncode != 0
@@ -125,50 +128,23 @@ def test_a_node_of_several(commands: Path) -> None:
     assert "torchrun" not in failed.stdout
 
 
-def test_engines_of_a_node(commands: Path, tmp_path: Path) -> None:
-    """One server for every ENGINE_TP GPUs; when one ends, the script ends the others."""
-    write_command(
-        commands, "python", f'echo "$*" >> {tmp_path}/started; [[ $* != *"--base-gpu-id 4"* ]] && exec sleep 60'
-    )
-    done = run("engines.sh", "MODEL", commands=commands, ENGINE_KEY="key", ENGINE_TP="4")
-    started = sorted((tmp_path / "started").read_text().splitlines())
-    assert [re.findall(r"--(?:base-gpu-id|port) (\d+)", line) for line in started] == [["0", "30000"], ["4", "30001"]]
-    assert all("--model-path MODEL" in line and "--tp-size 4" in line for line in started)
-    assert done.returncode != 0
-    assert "ENGINE_KEY" in run("engines.sh", "MODEL", commands=commands).stderr
+def test_slurm_starts_every_node_alike(commands: Path) -> None:
+    write_command(commands, "scontrol", "printf 'n%s\\n' 1 2 3 4 5 6 7 8")
+    write_command(commands, "getent", '[ "$2" = n1 ] && echo "10.0.0.1 STREAM n1"')
+    write_command(commands, "openssl", "echo key")
+    write_command(commands, "srun", 'SLURM_NODEID=2 exec "$@"')
+    done = run("train.sbatch", "a.yaml", "run.seed=1", commands=commands, SLURM_JOB_NODELIST="n[1-8]", SLURM_NNODES="8")
+    assert done.stdout == SEVERAL_NODES, done.stderr
 
 
-def test_slurm_gives_the_first_nodes_to_the_policy(commands: Path) -> None:
-    write_command(commands, "scontrol", "printf 'n%s\\n' 1 2 3")
-    write_command(commands, "getent", "echo '10.0.0.1 STREAM n1'")
-    write_command(commands, "openssl", "echo secret")
-    # Steps of engines last until they are ended; the training step runs what it is given, as every of its nodes would.
-    write_command(
-        commands,
-        "srun",
-        'if [[ $* == *engines.sh* ]]; then echo "srun $*"; exec sleep 60; fi\n'
-        'while [[ $1 == --* ]]; do shift 2; done\nsleep 0.5; SLURM_NODEID=1 exec "$@"',
-    )
-    done = run(
-        "train.sbatch",
-        *("examples/qwen3_30b_a3b/config.yaml", "MODEL", "run.seed=1"),
-        commands=commands,
-        TRAIN_NODES="2",
-        ENGINE_TP="4",
-        SLURM_JOB_NODELIST="n[1-3]",
-    )
-    engines, training = done.stdout.splitlines()
-    assert engines == "srun --nodes 1 --ntasks 1 --nodelist n3 examples/launch/engines.sh MODEL", done.stderr
-    assert "--nnodes 2 --node-rank 1 --master-addr 10.0.0.1" in training
-    overrides = training[training.index("--config") :].split()[2:]
-    assert overrides == [
-        "sync.host=10.0.0.1",
-        "model.hf_path=MODEL",
-        "rollout.mode=external",
-        "rollout.urls=[http://n3:30000,http://n3:30001]",
-        "rollout.api_key=secret",
-        "rollout.server_args={}",
-        "run.seed=1",
-    ]
-    config = load_config(EXAMPLES / "qwen3_30b_a3b" / "config.yaml", overrides)
-    assert config.rollout.urls == ["http://n3:30000", "http://n3:30001"]
+@pytest.mark.parametrize("recipe", MODELS)
+def test_engines_on_every_node(recipe: str) -> None:
+    """What train.sh and the README's command add on several nodes makes a valid configuration."""
+    added = ["sync.host=10.0.0.1", "rollout.host=0.0.0.0", "rollout.api_key=key"]
+    if recipe != "qwen3_30b_a3b":
+        added.append("rollout.engines=[{count: 4, nodes: all}]")
+    config = load_config(EXAMPLES / recipe / "config.yaml", added)
+    assert [engine.nodes for engine in config.rollout.engines] == ["all"]
+    tp = config.rollout.engine_tp
+    assert sum(engine.count * (engine.tp or tp) for engine in config.rollout.engines) == 4
+    assert f"'{added[-1]}'" in (EXAMPLES / recipe / "README.md").read_text() or len(added) == 3
