@@ -62,6 +62,9 @@ class OneEngine:
     def to_sync(self) -> list[str]:
         return [self.url]
 
+    def gpus(self, url: str) -> list[int]:
+        return []
+
     def synced(self, urls: Sequence[str], version: int) -> None:
         pass
 

@@ -14,6 +14,10 @@ class EngineHost(Protocol):
 
     managed: bool  # start() can bring it back; otherwise it may come back by itself
 
+    @property
+    def gpus(self) -> list[int]:
+        """Which it was shown of its node's; empty for all."""
+
     def start(self) -> None:
         """Starts the engine, after ending what is left of an earlier one, without waiting for it."""
 
@@ -39,6 +43,10 @@ class LocalHost:
         self._address = address
         self._server: ManagedServer | None = None
         self._closed = False
+
+    @property
+    def gpus(self) -> list[int]:
+        return self._place.gpus
 
     def start(self) -> None:
         if self._server is not None:
@@ -72,6 +80,7 @@ class ExternalHost:
     def __init__(self, rollout: RolloutConfig, url: str) -> None:
         self._rollout = rollout
         self._url = url
+        self.gpus: list[int] = []
 
     def start(self) -> None:
         pass

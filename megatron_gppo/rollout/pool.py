@@ -118,7 +118,14 @@ class EnginePool:
             if urls := [engine.url for engine in self._engines("serving", "waiting")]:
                 return urls
             self.prospect()
+            self._may_start.set()  # colocated: the policy has done its training
             time.sleep(POLL_S)
+
+    def gpus(self, url: str) -> list[int]:
+        """Which GPUs of its node the engine was shown; empty for all."""
+        with self._lock:
+            members = [of for of in self._members if of.engine is not None and of.engine.url == url]
+            return members[0].host.gpus if members else []
 
     def synced(self, urls: Sequence[str], version: int) -> None:
         """These hold the weights of this version, and serve."""

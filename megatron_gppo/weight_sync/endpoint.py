@@ -30,8 +30,7 @@ class EngineProcess:
     url: str
     started: str
     tp_size: int  # each tensor-parallel rank receives the weights itself
-    first_gpu: int
-    gpu_step: int  # TP rank t computes on GPU first_gpu + t * gpu_step of its machine
+    gpus: tuple[int, ...]  # of the TP ranks, among those of its machine
     dtype: str
     device: str
     quantized: bool
@@ -60,8 +59,10 @@ class WeightEndpoint:
     takes longer than `timeout_s`.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+    def __init__(self, url: str, api_key: str | None, timeout_s: float, gpus: Sequence[int] = ()) -> None:
+        """`gpus` of the TP ranks, if known: an engine that was shown only some counts them from 0."""
         self.url = url.rstrip("/")
+        self._gpus = tuple(gpus)
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -79,12 +80,13 @@ class WeightEndpoint:
                     f"{self.url} runs with {size} = {info[size]}; weights can be sent to engines with {size} = 1 only. "
                     f"Fix: start several servers instead"
                 )
+        tp_size = int(info["tp_size"])
+        first_gpu, step = int(info.get("base_gpu_id") or 0), int(info.get("gpu_id_step") or 1)
         return EngineProcess(
             url=self.url,
             started=str(info.get("startup_time")),
-            tp_size=int(info["tp_size"]),
-            first_gpu=int(info.get("base_gpu_id") or 0),
-            gpu_step=int(info.get("gpu_id_step") or 1),
+            tp_size=tp_size,
+            gpus=self._gpus or tuple(first_gpu + tp_rank * step for tp_rank in range(tp_size)),
             dtype=str(info.get("dtype")),
             device=str(info.get("device")),
             quantized=info.get("quantization") is not None,

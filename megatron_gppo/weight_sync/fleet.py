@@ -21,6 +21,9 @@ class SyncedEngines(Protocol):
     def to_sync(self) -> list[str]:
         """URLs of all engines that are up, those included that wait for weights before they may serve."""
 
+    def gpus(self, url: str) -> Sequence[int]:
+        """Those of the engine's TP ranks, as the trainer's ranks on its machine count them; empty if it was shown all."""
+
     def synced(self, urls: Sequence[str], version: int) -> None:
         """These hold the weights of this version, and may serve."""
 

@@ -8,7 +8,8 @@ checksums than what it was sent. What must hold all the same, for each of its te
 - on the CPU, where SGLang's hash is known to be SHA-256: it is what was sent, where neither fused nor cut.
 
 So a tensor that is left out, misnamed, late, or damaged in one of the engines is found within as many syncs as there are
-layers. The cost is that of hashing one layer, on rank 0 and in the engine.
+layers. The cost is that of hashing one layer, on rank 0 and in the engine. That as many tensors were sent as the model has is
+checked every time.
 """
 
 import hashlib
@@ -45,6 +46,7 @@ class RollingSample:
         self._names = names
         self._turns = sorted({_layer_of(name) for name in names})
         self._turn = 0
+        self._num_sent = 0
         self._digests: dict[str, str] = {}  # of this turn, by HF name
         self._plain: dict[str, Tensor] = {}  # those that an engine with one rank has as they are; on the meta device
         self._sent_before: dict[str, str] = {}  # at each tensor's last turn
@@ -58,9 +60,10 @@ class RollingSample:
         return others if now == REST else others + [name for name in self._names if _layer_of(name) == REST]
 
     def begin(self) -> None:
-        self._digests, self._plain = {}, {}
+        self._digests, self._plain, self._num_sent = {}, {}, 0
 
     def add(self, bucket: Bucket) -> None:
+        self._num_sent += len(bucket.names)
         layer = self._turns[self._turn]
         if not any(_layer_of(name) == layer for name in bucket.names):
             return
@@ -73,6 +76,8 @@ class RollingSample:
 
     def check(self, held: Mapping[EngineProcess, Checksums]) -> None:
         """Ends the turn. Raises WeightSyncError naming an engine and its tensors."""
+        if self._num_sent != len(self._names):
+            raise WeightSyncError(f"weight sync: {self._num_sent} tensors were sent, not {len(self._names)}")
         sources: dict[str, list[str]] = {}  # HF names by the engine's
         for name in self._digests:
             sources.setdefault(engine_name(name), []).append(name)

@@ -86,13 +86,12 @@ class SharedMemoryTransport:
         """One for each TP rank of the engine: torch counts who has opened what."""
         if bucket.data.device.type == "cpu":
             return [serialized(bucket, bucket.data) for _ in range(process.tp_size)]
-        gpus = [process.first_gpu + tp_rank * process.gpu_step for tp_rank in range(process.tp_size)]
-        if missing := [gpu for gpu in gpus if (process.url, gpu) not in self._opened_by]:
+        if missing := [gpu for gpu in process.gpus if (process.url, gpu) not in self._opened_by]:
             raise WeightSyncError(
                 f"no rank of the trainer is on GPU {missing[0]} of the machine of {process.url}, and sync.transport = tensor "
                 f"needs memory that both see. Fix: set sync.transport: distributed, or let the engine share the trainer's GPUs"
             )
-        return [serialized(bucket, _OpenedBy(self._opened_by[process.url, gpu])) for gpu in gpus]
+        return [serialized(bucket, _OpenedBy(self._opened_by[process.url, gpu])) for gpu in process.gpus]
 
     def _next_copy(self, size: int, device: torch.device) -> Tensor:
         turn = next(self._turns)

@@ -132,8 +132,9 @@ class WeightSync:
         return self._parallel.from_rank_0(compare)
 
     def close(self) -> None:
-        """Leaves the engines. Not collective."""
-        self._transport.close()
+        """Leaves the engines. Not collective; does nothing except on rank 0."""
+        if self._parallel.rank == 0:
+            self._transport.close()
 
     def _send(self, shards: Mapping[str, Tensor], version: int) -> dict[str, float]:
         """One push, and more of them as long as an engine that fails takes the others' connections with it.
@@ -234,9 +235,9 @@ class WeightSync:
         """The engines at `urls`. Those that fail in the body are reported, and added to `failed`."""
         assert self._engines is not None
         failed = {} if failed is None else failed
-        fleet = Fleet(
-            [WeightEndpoint(url, self._api_key, self._config.timeout_s) for url in urls], failed_before=dict(failed)
-        )
+        engines, timeout_s = self._engines, self._config.timeout_s
+        endpoints = [WeightEndpoint(url, self._api_key, timeout_s, engines.gpus(url)) for url in urls]
+        fleet = Fleet(endpoints, failed_before=dict(failed))
         try:
             yield fleet
         finally:

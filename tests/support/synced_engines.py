@@ -12,6 +12,9 @@ class GivenEngines:
     def to_sync(self) -> list[str]:
         return list(self.urls)
 
+    def gpus(self, url: str) -> list[int]:
+        return []
+
     def synced(self, urls: Sequence[str], version: int) -> None:
         self.versions |= dict.fromkeys(urls, version)
 

@@ -259,6 +259,12 @@ def test_an_engine_of_several_data_parallel_ranks_is_refused(peer: Peer) -> None
         WeightEndpoint(peer.url, None, 10).process()
 
 
+def test_the_gpus_of_an_engine(peer: Peer) -> None:
+    peer.answers["/server_info"] = (200, {"tp_size": 2, "base_gpu_id": 4, "gpu_id_step": 2})
+    assert WeightEndpoint(peer.url, None, 10).process().gpus == (4, 6)
+    assert WeightEndpoint(peer.url, None, 10, gpus=[2, 3]).process().gpus == (2, 3)
+
+
 def join(*peers: Peer, timeout_s: float) -> Fleet:
     fleet = Fleet([WeightEndpoint(peer.url, None, timeout_s) for peer in peers])
     for peer in peers:
