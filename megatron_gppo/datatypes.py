@@ -46,7 +46,7 @@ class Response:
     logprobs: list[float]  # [L]; of the temperature-scaled distribution, in nats
     text: str
     finish_reason: FinishReason
-    policy_version: int  # version of the weights that generated it
+    policy_versions: list[int]  # [L]; version of the weights that generated the token; never falls
 
     @property
     def truncated(self) -> bool:
@@ -82,6 +82,7 @@ class Rollout:
     groups: list[Group]  # [prompts_per_step]
     counts: dict[str, int]  # events by name, e.g. {"dropped_groups": 3, "retried_requests": 1}
     seconds: dict[str, float]  # {"generate": ..., "reward": ...}; the two overlap
+    data_position: int = 0  # prompts that this step and all before it have taken; 0 where there is no stream of prompts
 
 
 @dataclass(frozen=True, slots=True)

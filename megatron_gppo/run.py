@@ -1,7 +1,7 @@
 """What a run works with, and how it comes to have it: the run folder, engines, rewards, the policy's weights."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 from megatron_gppo.config import Config, ConfigError, dump_config
@@ -13,6 +13,7 @@ from megatron_gppo.evaluate.training import TrainingEvaluations
 from megatron_gppo.metrics import MetricsLogger
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.policy import Policy, Progress, checkpoint
+from megatron_gppo.rollout.ahead import AheadRollouts
 from megatron_gppo.rollout.engine import Engine
 from megatron_gppo.rollout.generate import EngineRollouts, RolloutSource
 from megatron_gppo.rollout.record import RecordingRollouts, ReplayRollouts
@@ -39,10 +40,10 @@ class Run:
     parallel: ParallelState
     policy: Policy
     sync: WeightSync | None  # None in replay: there is no engine
-    rollouts: RolloutSource | None  # rank 0 only, like the two below
-    prompts: PromptStream | None  # None in replay, too
+    rollouts: RolloutSource | None  # rank 0 only, like all below
     logger: MetricsLogger | None
-    evaluations: TrainingEvaluations | None = None  # None in replay, too
+    evaluations: TrainingEvaluations | None = None  # None in replay
+    ahead: AheadRollouts | None = None  # async.staleness > 0: what is behind rollouts
 
     def cancel(self) -> None:
         """Ends generation, now and later, soon. Safe to call from a signal handler."""
@@ -134,7 +135,7 @@ def connect(
         stack.enter_context(logger)
     if config.rollout.replay is not None:
         replay = ReplayRollouts(config.rollout.replay) if parallel.rank == 0 else None
-        return Run(config, parallel, policy, None, replay, None, logger)
+        return Run(config, parallel, policy, None, replay, logger)
 
     engines: list[Engine] = []
 
@@ -151,7 +152,7 @@ def connect(
     token_ids = parallel.from_rank_0(lambda: services.prompts.prompts[0].token_ids if services is not None else [])
     sync.verify_probe(token_ids, policy.sequence_logprobs(token_ids))
     if services is None or logger is None:
-        return Run(config, parallel, policy, sync, None, None, None)
+        return Run(config, parallel, policy, sync, None, None)
 
     prompts = PromptStream(
         services.prompts.prompts,
@@ -163,21 +164,33 @@ def connect(
     overlong = config.reward.overlong
     judge = services.rewards
     shaped = OverlongPenalty(judge, overlong, config.rollout.max_response_tokens) if overlong is not None else judge
+    staleness = config.async_.staleness
     rollouts: RolloutSource = EngineRollouts(
         config.rollout,
         engines,
         prompts,
         shaped,
         prompts_per_update=config.train.prompts_per_update,
-        on_progress=logger.on_progress,
+        staleness=staleness,
+        on_progress=logger.on_progress if staleness == 0 else lambda done, wanted: None,  # nobody waits for it
     )
+    ahead = None
+    if staleness > 0:
+        rollouts = ahead = AheadRollouts(rollouts, staleness=staleness, last_step=config.train.steps)
+        stack.callback(ahead.close)
     if config.rollout.record is not None:
         rollouts = RecordingRollouts(rollouts, config.rollout.record)
     evaluations = None
     if config.eval.every is not None:
         evaluator = Evaluator(config.rollout, config.reward, engines, judge, services.benchmarks)
-        evaluations = TrainingEvaluations(config, evaluator, log_evaluation(logger), step=progress.step)
-    return Run(config, parallel, policy, sync, rollouts, prompts, logger, evaluations)
+        evaluations = TrainingEvaluations(
+            config,
+            evaluator,
+            log_evaluation(logger),
+            step=progress.step,
+            engines_to_itself=nullcontext if ahead is None else ahead.paused,
+        )
+    return Run(config, parallel, policy, sync, rollouts, logger, evaluations, ahead)
 
 
 def log_evaluation(logger: MetricsLogger) -> Callable[[int, Report], None]:

@@ -72,12 +72,12 @@ def train_step(run: Run, done: Progress) -> Progress | None:
     progress = Progress(
         step=step,
         updates=done.updates + len(stats),
-        data_position=run.prompts.position if run.prompts is not None else 0,
+        data_position=rollout.data_position if rollout is not None else 0,  # rank 0 writes it
         entropy_trace=entropy_trace.extended(done.entropy_trace, stats),
         entropy_control=after_step(config.algorithm, done.entropy_control, step, stats),
     )
 
-    with phases("sync"), saved_if_engines_fail(run, progress):
+    with saved_if_engines_fail(run, progress), whole_responses(run, phases), phases("sync"):
         if run.sync is not None:
             run.sync.sync(policy.shards(), version=step)
             if step % config.sync.verify_every == 0:
@@ -88,7 +88,9 @@ def train_step(run: Run, done: Progress) -> Progress | None:
             save(run, progress)
 
     if run.logger is not None and rollout is not None:
-        scalars = step_scalars(rollout, stats, progress.entropy_trace, phases.seconds) | in_force_scalars(in_force)
+        scalars = step_scalars(step, rollout, stats, progress.entropy_trace, phases.seconds) | in_force_scalars(
+            in_force
+        )
         texts = sample_texts(rollout, config.run.log_samples)
         run.logger.log_step(step, scalars, texts, step_histograms(stats))
         warn_of_drift(config, step, worst, rollout)
@@ -113,6 +115,21 @@ def generate(run: Run, step: int) -> tuple[Rollout | None, list[Sample] | None]:
 
     samples = run.parallel.from_rank_0(samples_of_rollout)
     return rollout, samples
+
+
+@contextmanager
+def whole_responses(run: Run, phases: Phases) -> Iterator[None]:
+    """Without async.partial_rollouts, no response is in flight in the body; waiting for those that are is time for rollouts."""
+    with ExitStack() as stack:
+
+        def pause() -> None:
+            if run.ahead is not None:
+                stack.enter_context(run.ahead.paused())
+
+        if run.config.async_.staleness > 0 and not run.config.async_.partial_rollouts:
+            with phases("rollout"):
+                run.parallel.from_rank_0(pause)
+        yield
 
 
 def evaluate(run: Run, progress: Progress) -> None:
