@@ -35,9 +35,11 @@ class FailingEngine(FakeEngine):
         super().__init__(url)
         self.error, self.good, self.is_healthy = error, good, healthy
 
-    async def generate(self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Any) -> list[Response]:
+    async def generate(
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Any, **options: Any
+    ) -> list[Response]:
         if self.finished < self.good:
-            return await super().generate(prompt_ids, sampling, n, counts)
+            return await super().generate(prompt_ids, sampling, n, counts, **options)
         if self.error is not None:
             raise self.error
         self.in_flight += 1
@@ -102,9 +104,9 @@ def test_a_hung_engine_is_noticed_by_its_health() -> None:
 
 def test_a_slow_engine_that_is_healthy_is_waited_for() -> None:
     class Slow(FakeEngine):
-        async def generate(self, *args: Any) -> list[Response]:
+        async def generate(self, *args: Any, **options: Any) -> list[Response]:
             await asyncio.sleep(0.5)
-            return await super().generate(*args)
+            return await super().generate(*args, **options)
 
     engines = FixedEngines([Slow()])
     found, counts = run(engines, 1, health_timeout_s=0.1)
@@ -177,10 +179,10 @@ def test_over_sampling_begins_more_and_takes_the_aborted_first_next_time() -> No
 
         stuck = frozenset({1, 2})
 
-        async def generate(self, prompt_ids: list[int], *args: Any) -> list[Response]:
+        async def generate(self, prompt_ids: list[int], *args: Any, **options: Any) -> list[Response]:
             if prompt_ids[0] in self.stuck:
                 await asyncio.sleep(3600)
-            return await super().generate(prompt_ids, *args)
+            return await super().generate(prompt_ids, *args, **options)
 
     engine, prompts = Stuck(), CountingPrompts()
     config = make_config(
@@ -207,7 +209,7 @@ def test_the_longest_come_first() -> None:
     )
     groups = rollouts.next(1, 0).groups
     for group, length in zip(groups, (5, 9, 2), strict=True):
-        group.responses[:] = [Response([1] * length, [0.0] * length, "", "stop", 0)]
+        group.responses[:] = [Response([1] * length, [0.0] * length, "", "stop", [0] * length)]
         lengths.add(group)
     rows = [0, 1, 77, 2]
     assert lengths.longest_first([Prompt(row, [row], "", "", "") for row in rows]) == [2, 1, 0, 3]

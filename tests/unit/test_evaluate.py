@@ -38,10 +38,10 @@ class CountingEngine(FakeEngine):
         self.asked: Counter[tuple[int, int, int]] = Counter()
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str]
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str], **options: Any
     ) -> list[Response]:
         self.asked[prompt_ids[0], n, sampling.max_response_tokens] += 1
-        return await super().generate(prompt_ids, sampling, n, counts)
+        return await super().generate(prompt_ids, sampling, n, counts, **options)
 
 
 def evaluator(engine: FakeEngine, *benchmarks: Benchmark, judge: Any = None) -> Evaluator:
