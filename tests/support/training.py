@@ -25,6 +25,7 @@ NOT_IN_EVERY_RUN = {  # among the scalars of two steps
     "algorithm/entropy_target",
     "engine/importance_weight",
     "engine/importance_corrected",
+    "engine/importance_effective_sample_size",
     "engine/routing_difference",
     "entropy/covariance_correlation",
     "memory/gpu_peak_gib",
