@@ -271,7 +271,8 @@ class RolloutConfig(SamplingConfig):
     request_timeout_s: PositiveFloat = 1800.0
     """Limit for one request, generation included."""
     max_retries: Annotated[int, Field(ge=0)] = 3
-    """Times a request that failed is sent again before the step fails."""
+    """Times a request that failed is sent again to its engine, before that counts as lost; and times that it is moved to
+    another, before the step fails."""
     host: str = "127.0.0.1"
     """managed: address the servers listen on. Their control endpoints execute what they are sent: see api_key. With engines
     on several nodes it has to be 0.0.0.0 (or ::), and each node gives the address from which it reaches the first."""

@@ -26,13 +26,15 @@ from megatron_gppo.job import join_job
 from megatron_gppo.metrics import Phases
 from megatron_gppo.packing import pack_updates
 from megatron_gppo.parallel import PeerFailed
-from megatron_gppo.plan import make_plan, render
+from megatron_gppo.plan import make_plan, render, render_built
 from megatron_gppo.policy import (
+    BuildError,
     CheckpointError,
     Progress,
     checkpoint,
     initialize_distributed,
     initialize_model_parallel,
+    parameters_built,
     shut_down,
 )
 from megatron_gppo.rollout.dispatch import EnginesNeedWeights
@@ -248,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(render(plan), flush=True)
         if options.dry_run:
+            print(render_built(plan, parameters_built(config, world_size)))
             return 0
         found = checkpoint.newest(config.run.dir / CHECKPOINTS)
         if (
@@ -265,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--config FILE, or megatron-gppo train --config FILE"
             )
         ended_by = train(config, architecture)
-    except (*REPORTED, CheckpointError) as error:
+    except (*REPORTED, BuildError, CheckpointError) as error:
         # Mistakes are found by every rank alike.
         if rank == 0 or not isinstance(error, MISTAKES):
             print(f"error: {error}", file=sys.stderr)

@@ -30,6 +30,17 @@ def initialize_distributed(config: Config, job: Job) -> None:
 
 def initialize_model_parallel(config: Config) -> ParallelState:
     """Creates Megatron's groups over the ranks of the default process group."""
+    _create_groups(config, gloo=True)
+    return _parallel_state(config, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+
+
+def pretend_model_parallel(config: Config) -> ParallelState:
+    """The same on a default process group of torch's "fake" backend, whose peers do not exist: nothing may communicate."""
+    _create_groups(config, gloo=False)
+    return _parallel_state(config, control_group=None)
+
+
+def _create_groups(config: Config, *, gloo: bool) -> None:
     cpu_compat.install()
     layout = config.parallel
     parallel_state.initialize_model_parallel(
@@ -40,10 +51,14 @@ def initialize_model_parallel(config: Config) -> ParallelState:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(config.run.collective_timeout_s / 60)),
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=gloo,
     )
     # Megatron forks this generator around its tensor-parallel regions even where nothing is drawn from it.
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed)
+
+
+def _parallel_state(config: Config, control_group: dist.ProcessGroup | None) -> ParallelState:
+    layout = config.parallel
     return ParallelState(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -63,7 +78,7 @@ def initialize_model_parallel(config: Config) -> ParallelState:
         ep_size=layout.ep,
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
-        control_group=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
+        control_group=control_group,
     )
 
 

@@ -14,6 +14,7 @@ import aiohttp
 
 from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Response
+from megatron_gppo.rollout.json_answers import parse_json
 
 CONNECT_TIMEOUT_S = 30.0
 ABORT_TIMEOUT_S = 5.0
@@ -151,7 +152,7 @@ class Engine:
             try:
                 async with self._open_session.request(method, url, json=body) as response:
                     if response.status == 200:
-                        answer = await response.json(content_type=None)
+                        answer = await response.json(content_type=None, loads=parse_json)
                         if not _was_aborted(answer):
                             return answer
                         failure = "the request was aborted in the server, by another client"

@@ -24,6 +24,7 @@ from megatron_gppo.rollout.hosts import EngineHost, LocalHost
 from megatron_gppo.rollout.placement import EnginePlace
 
 POLL_S = 0.5
+SILENCE_S = 60.0  # longer than a node itself may take, before it is taken for lost
 
 
 def own_address(host: str) -> str:
@@ -90,7 +91,7 @@ class RemoteHost:
 
     def wait_ready(self) -> str:
         # The node itself gives up after start_timeout_s, and says more; this is for a node that says nothing.
-        deadline = time.monotonic() + self._timeout_s + 60.0
+        deadline = time.monotonic() + self._timeout_s + SILENCE_S
         while not self._closed:
             if (state := self._state()) is not None:
                 if state["failure"] is not None:
@@ -149,14 +150,13 @@ class NodeEngines:
             store = EngineStore(self._timeout_s)
             number = 0
             while not self._closing.is_set():
-                self._start(store, index, host, number)
-                failure_told = False
+                failure_told = not self._start(store, index, host, number)
                 while not self._closing.wait(POLL_S) and (store.get(index, "order") or 0) == number:
                     if not failure_told:
                         failure_told = self._tell_failure(store, index, host, number)
                 number = store.get(index, "order") or 0
 
-    def _start(self, store: EngineStore, index: int, host: EngineHost, number: int) -> None:
+    def _start(self, store: EngineStore, index: int, host: EngineHost, number: int) -> bool:
         state: dict[str, Any] = {"number": number, "url": None, "failure": None}
         try:
             host.start()
@@ -164,6 +164,7 @@ class NodeEngines:
         except Exception as error:  # a ConfigError about a port, for example: rank 0 reports it
             state["failure"] = str(error)
         store.put(index, "state", state)
+        return state["failure"] is None
 
     def _tell_failure(self, store: EngineStore, index: int, host: EngineHost, number: int) -> bool:
         try:

@@ -118,6 +118,7 @@ class EnginePool:
             if urls := [engine.url for engine in self._engines("serving", "waiting")]:
                 return urls
             self.prospect()
+            self._may_start.set()  # colocated: the policy has done its training
             time.sleep(POLL_S)
 
     def gpus(self, url: str) -> list[int]:

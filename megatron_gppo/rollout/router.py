@@ -29,7 +29,7 @@ class Router:
     """A router that this process started, ended with it. Raises ConfigError if sglang-router is not installed."""
 
     def __init__(self, rollout: RolloutConfig, log_path: Path) -> None:
-        if importlib.util.find_spec("sglang_router") is None:
+        if not _is_installed():
             raise ConfigError(
                 "rollout.router = true needs sglang-router. Fix: pip install --no-deps sglang-router==0.3.2, or set rollout.router: false"
             )
@@ -55,6 +55,10 @@ class Router:
         with log_path.open("ab") as log:
             self._guard: subprocess.Popen[bytes] = guarded(command, log, env=None)
         self.engine: Engine = make_engine(rollout, self.url, self)
+
+    @property
+    def guard_pid(self) -> int:
+        return self._guard.pid
 
     def wait_ready(self) -> None:
         """Raises EngineError when it does not come up."""
@@ -92,7 +96,7 @@ class Router:
             body = {"url": url} | ({"api_key": self._api_key} if self._api_key is not None else {})
             call(self.url, "/workers", self._api_key, body, timeout_s=CALL_TIMEOUT_S)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while set(self._ids()) != urls:
+        while not urls <= set(self._ids()):
             if time.monotonic() > deadline:
                 raise EngineFaultError(
                     f"sglang-router at {self.url} has workers {sorted(self._ids())}, not {sorted(urls)}"
@@ -108,3 +112,10 @@ class Router:
         """The router's names of its healthy workers, by URL."""
         answer = json.loads(call(self.url, "/workers", self._api_key, timeout_s=CALL_TIMEOUT_S))
         return {worker["url"]: worker["id"] for worker in answer["workers"] if worker["is_healthy"]}
+
+
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("sglang_router") is not None
+    except ValueError:  # said to be there, and is not
+        return False

@@ -26,6 +26,7 @@ HEALTH_TIMEOUT_S = 5.0
 HEALTH_INTERVAL_S = 0.5
 LOG_TAIL_BYTES = 65536  # searched for a known cause
 LOG_TAIL_LINES = 30  # shown
+LOG_LINE_CHARACTERS = 300
 OWN_ARGS = ("model_path", "dtype", "host", "port", "api_key", "tp_size", "weight_version")
 
 # torchrun describes the trainer's ranks in these. SGLang forms groups of its own, and with
@@ -125,7 +126,9 @@ class ManagedServer:
             text = log.read().decode(errors="replace")
         command = shlex.join("***" if part == self._api_key else part for part in self._command)
         fix = next((fix for sign, fix in FIXES if sign.lower() in text.lower()), "read the log")
-        tail = "\n".join(f"  | {line}" for line in text.splitlines()[-LOG_TAIL_LINES:])
+        if self._api_key is not None:  # SGLang logs all its arguments, in one line of many thousand characters
+            text = text.replace(repr(self._api_key), "'***'")
+        tail = "\n".join(f"  | {line[:LOG_LINE_CHARACTERS]}" for line in text.splitlines()[-LOG_TAIL_LINES:])
         return f"{what}. Fix: {fix}\n  command: {command}\n  log: {self.log_path}, which ends:\n{tail}"
 
 

@@ -35,6 +35,9 @@ class FakeEngine(Engine):
         finally:
             self.in_flight -= 1
 
+    async def healthy(self) -> bool:
+        return True
+
     async def abort(self) -> None:
         self.aborts += 1
 
@@ -61,6 +64,21 @@ class FixedEngines:
 
     def take_counts(self) -> dict[str, int]:
         return {}
+
+
+class ReturningEngines(FixedEngines):
+    """A lost engine comes back after some looks, in need of weights, until `given` is called."""
+
+    def __init__(self, engines: Sequence[Engine], looks: int = 3) -> None:
+        super().__init__(engines)
+        self.looks = looks
+
+    def prospect(self) -> Prospect:
+        self.looks -= 1
+        return "starting" if self.looks > 0 else "needs weights"
+
+    def given(self) -> None:
+        self.reasons.clear()
 
 
 class FakeJudge:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,17 @@ def write_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
 
 def start_training(config: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
     """In a session of its own, as a terminal would give it a process group."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return _torchrun(["--standalone", "--nproc-per-node", str(ranks)], config, overrides)
+
+
+def start_node(config: Path, node: int, num_nodes: int, port: int, *overrides: str) -> subprocess.Popen[str]:
+    """As a node with one rank, all nodes being this machine; port: where the first one's torchrun listens."""
+    nodes = ["--nnodes", str(num_nodes), "--node-rank", str(node), "--nproc-per-node", "1"]
+    return _torchrun([*nodes, "--master-addr", "127.0.0.1", "--master-port", str(port)], config, overrides)
+
+
+def _torchrun(options: list[str], config: Path, overrides: Sequence[str]) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
     return subprocess.Popen(
         [*launcher, "-m", "megatron_gppo.train", "--config", str(config), *overrides],
         stdout=subprocess.PIPE,
@@ -95,6 +106,17 @@ def saved_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     checkpoint = MegatronCheckpoint(run / "checkpoints" / folder_name(step))
     architecture: Architecture = checkpoint.architecture()
     return {parameter.name: checkpoint.read(parameter) for parameter in parameters(architecture)}
+
+
+def lines_until(process: subprocess.Popen[str], wanted: str) -> str:
+    """What the process prints up to the first line that holds `wanted`."""
+    printed = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        printed.append(line)
+        if wanted in line:
+            return "".join(printed)
+    raise AssertionError("".join(printed)[-6000:])
 
 
 def check_learned(output: str, run: Path) -> None:
