@@ -19,7 +19,7 @@ class FakeEngine(Engine):
         self.in_flight = self.most_in_flight = self.finished = self.aborts = 0
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str]
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str], *, syncs: int = 0
     ) -> list[Response]:
         [row] = prompt_ids
         self.in_flight += 1
@@ -29,7 +29,7 @@ class FakeEngine(Engine):
             if row == self.fails_on:
                 raise EngineError(f"prompt {row} failed")
             self.finished += 1
-            return [Response([row, i, 1], [-0.5] * 3, f"{row}.{i}", "stop", self.version) for i in range(n)]
+            return [Response([row, i, 1], [-0.5] * 3, f"{row}.{i}", "stop", [self.version] * 3) for i in range(n)]
         finally:
             self.in_flight -= 1
 
@@ -53,6 +53,10 @@ class CountingPrompts:
 
     def __init__(self) -> None:
         self.taken = 0
+
+    @property
+    def position(self) -> int:
+        return self.taken
 
     def take(self, n: int) -> list[Prompt]:
         rows = range(self.taken, self.taken + n)
