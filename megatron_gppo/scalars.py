@@ -21,6 +21,12 @@ EVENTS = {
     "retried_requests": "rollout/retried_requests",
     "timed_out_requests": "rollout/timed_out_requests",
     "carried_on_responses": "rollout/carried_on_responses",
+    "moved_requests": "rollout/moved_requests",
+    "malformed_answers": "rollout/malformed_answers",
+    "lost_engines": "rollout/lost_engines",
+    "restarted_engines": "rollout/restarted_engines",
+    "serving_engines": "rollout/serving_engines",
+    "aborted_groups": "rollout/aborted_groups",
 }
 
 

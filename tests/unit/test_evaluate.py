@@ -19,7 +19,7 @@ from megatron_gppo.evaluate.report import Report, console_table, markdown, read_
 from megatron_gppo.metrics import is_documented
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import RolloutCancelled
-from tests.support.fake_engine import FakeEngine, FakeJudge
+from tests.support.fake_engine import FakeEngine, FakeJudge, FixedEngines
 from tests.support.rollout import make_config
 from tests.support.tiny import make_tiny_tokenizer
 
@@ -38,7 +38,7 @@ class CountingEngine(FakeEngine):
         self.asked: Counter[tuple[int, int, int]] = Counter()
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str]
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str], staleness: Any = None
     ) -> list[Response]:
         self.asked[prompt_ids[0], n, sampling.max_response_tokens] += 1
         return await super().generate(prompt_ids, sampling, n, counts)
@@ -46,7 +46,7 @@ class CountingEngine(FakeEngine):
 
 def evaluator(engine: FakeEngine, *benchmarks: Benchmark, judge: Any = None) -> Evaluator:
     config = make_config(Path("model"), Path("run"))
-    return Evaluator(config.rollout, config.reward, [engine], judge or FakeJudge({0}), benchmarks)
+    return Evaluator(config.rollout, config.reward, FixedEngines([engine]), judge or FakeJudge({0}), benchmarks)
 
 
 def test_from_problems_to_a_report(tmp_path: Path) -> None:
