@@ -53,7 +53,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the configuration: immutable, and strict about names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, serialize_by_alias=True
+    )
 
 
 class ModelConfig(Section):
@@ -825,6 +827,11 @@ class Config(Section):
         if self.async_.staleness > 0 and self.rollout.mode == "replay":
             raise ValueError(
                 f"async.staleness = {self.async_.staleness} is about generation, and rollout.mode: replay has none. Fix: set async.staleness: 0"
+            )
+        if self.async_.staleness > 0 and self.rollout.placement == "colocated":
+            raise ValueError(
+                f"async.staleness = {self.async_.staleness} generates while the policy trains, and rollout.placement: colocated gives "
+                "its GPUs to either. Fix: set rollout.placement: disaggregated, or async.staleness: 0"
             )
         return self
 

@@ -19,6 +19,7 @@ from megatron_gppo.policy import Policy, Progress, checkpoint
 from megatron_gppo.rollout.ahead import AheadRollouts
 from megatron_gppo.rollout.generate import EngineRollouts, RolloutSource
 from megatron_gppo.rollout.launch import launched_engines, launched_node_engines
+from megatron_gppo.rollout.pieces import Staleness
 from megatron_gppo.rollout.placement import Node
 from megatron_gppo.rollout.pool import EnginePool
 from megatron_gppo.rollout.record import RecordingRollouts, ReplayRollouts
@@ -48,7 +49,7 @@ class Run:
     rollouts: RolloutSource | None  # rank 0 only, like all below
     logger: MetricsLogger | None
     watchdog: Watchdog
-    evaluations: TrainingEvaluations | None = None  # None in replay, too
+    evaluations: TrainingEvaluations | None = None  # None in replay
     engines: EnginePool | None = None  # likewise
     ahead: AheadRollouts | None = None  # async.staleness > 0: what is behind rollouts
 
@@ -74,6 +75,7 @@ class Services:
     benchmarks: Sequence[Benchmark]
     rewards: Rewards
     engines: EnginePool
+    decode: Callable[[list[int]], str]  # token ids to text, without special tokens
 
 
 def start_services(config: Config, architecture: Architecture, stack: ExitStack) -> Services | None:
@@ -95,7 +97,9 @@ def start_services(config: Config, architecture: Architecture, stack: ExitStack)
     if (summary := prompts.summary()) is not None:
         print(f"data.train: {summary}")
     check_unchanged(prompts, config, resuming=checkpoint.newest(config.run.dir / CHECKPOINTS) is not None)
-    return Services(prompts, benchmarks, rewards, engines)
+    return Services(
+        prompts, benchmarks, rewards, engines, lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)
+    )
 
 
 def start_node_engines(config: Config, stack: ExitStack) -> None:
@@ -197,16 +201,15 @@ def connect(
     overlong = config.reward.overlong
     judge = services.rewards
     shaped = OverlongPenalty(judge, overlong, config.rollout.max_response_tokens) if overlong is not None else judge
-    staleness, moves = config.async_.staleness, watchdog.reporting("rollout")
+    staleness, on_progress = config.async_.staleness, watchdog.reporting("rollout")
     rollouts: RolloutSource = EngineRollouts(
         config.rollout,
         engines,
         prompts,
         shaped,
         prompts_per_update=config.train.prompts_per_update,
-        staleness=staleness,
-        # Beside training, nobody waits for it.
-        on_progress=both(logger.on_progress, moves) if staleness == 0 else moves,
+        staleness=Staleness(staleness, services.decode) if staleness > 0 else None,
+        on_progress=both(logger.on_progress, on_progress) if staleness == 0 else on_progress,  # a bar is for who waits
     )
     ahead = None
     if staleness > 0:

@@ -99,8 +99,11 @@ def train_step(run: Run, done: Progress) -> Progress | None:
 
     run.watchdog.enter("log")
     if run.logger is not None and rollout is not None:
-        scalars = step_scalars(step, rollout, stats, progress.entropy_trace, phases.seconds)
-        scalars |= in_force_scalars(in_force) | routing
+        scalars = (
+            step_scalars(step, rollout, stats, progress.entropy_trace, phases.seconds)
+            | in_force_scalars(in_force)
+            | routing
+        )
         texts = sample_texts(rollout, config.run.log_samples)
         run.logger.log_step(step, scalars, texts, step_histograms(stats))
         warn_of_drift(config, step, worst, rollout)

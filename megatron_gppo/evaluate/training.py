@@ -45,14 +45,14 @@ class TrainingEvaluations:
         step: int,
         on_progress: Progress = lambda done, wanted: None,
         engines_to_itself: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
+    ):
         """step: the last one done. Later evaluations, of steps that the run has lost, are deleted. engines_to_itself: a
         context in which nothing else is generated; entering it may take as long as what is being generated."""
+        self._engines_to_itself = engines_to_itself
         self._on_progress = on_progress
         self._config = config
         self._evaluator = evaluator
         self._on_report = on_report
-        self._engines_to_itself = engines_to_itself
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         for folder in (config.run.dir / EVALUATIONS).glob("step_" + 8 * "[0-9]"):  # not of megatron-gppo eval

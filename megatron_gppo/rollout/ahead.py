@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_gppo.datatypes import Rollout
+from megatron_gppo.rollout.dispatch import EnginesNeedWeights
 from megatron_gppo.rollout.generate import RolloutCancelled, RolloutSource
 
 # Whoever waits looks for cancel() so often: a signal handler must not take the lock that wakes it.
@@ -46,13 +47,15 @@ class AheadRollouts:
     def next(self, step: int, policy_version: int) -> Rollout:
         """The rollout of a step, when the engines hold the weights that it starts from. Steps come one after another.
 
-        Raises what the source raises. After that the same step can be asked for again, and is generated anew.
+        Raises what the source raises. After that the same step can be asked for again, and the source, too.
         """
         assert policy_version == step - 1
         with self._changed:
             if self._thread.ident is None:
                 self._next_step = step
                 self._thread.start()
+            if isinstance(self._failure, EnginesNeedWeights):
+                self._failure = None  # they may have been synced since
             self._newest_step = min(step + self._staleness, self._last_step)
             self._changed.notify_all()
             while True:

@@ -10,12 +10,13 @@ import aiohttp
 from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Response
 from megatron_gppo.rollout.json_answers import parse_json
-from megatron_gppo.rollout.pieces import MalformedPieceError, Piece, parse_piece
+from megatron_gppo.rollout.pieces import Piece, Staleness, UnusableItemError, parse_piece
 
 CONNECT_TIMEOUT_S = 30.0
 ABORT_TIMEOUT_S = 5.0
 FIRST_RETRY_DELAY_S = 1.0
 MAX_RETRY_DELAY_S = 30.0
+BY_OTHERS = "the request was aborted in the server, by another client"
 
 
 class EngineError(RuntimeError):
@@ -77,43 +78,50 @@ class Engine:
         return await self._request("GET", "/model_info", None, Counter())
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str], *, syncs: int = 0
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingConfig,
+        n: int,
+        counts: Counter[str],
+        staleness: Staleness | None = None,
     ) -> list[Response]:
         """n responses to one prompt, in one request: the server then computes the prompt once, and measured throughput
         of short responses is 1.5 times that of n requests.
 
-        A response that is aborted in the server goes on where it stopped, by the weights that the server then has. syncs:
-        how often weight syncs may do that; every further time is a retry.
+        staleness: weight syncs may come meanwhile. Responses that one aborts go on where they stopped, in one request for
+        all of them, by the weights that the server then has.
 
-        Adds to counts "carried_on_responses", "retried_requests" and, of these, "timed_out_requests". Raises EngineFaultError
-        when the engine has died, when retries are used up, and on a malformed answer; EngineError when it rejects the request.
+        Adds to counts "retried_requests", of these "timed_out_requests", and "carried_on_responses". Raises
+        EngineFaultError when the engine has died, when retries are used up, and on a malformed answer; EngineError when it
+        rejects the request.
 
         Cancelling it closes the connection, by which SGLang knows within seconds that the request is to be aborted: it
         gives names of its own to the n responses, so that no /abort_request could name them.
         """
-        body: dict[str, Any] = {
-            "input_ids": prompt_ids,
-            "sampling_params": _sampling_params(sampling, n, sampling.max_response_tokens),
-        }
-        pieces = await self._pieces(body, n, counts)
-        cut: list[int] = []
+        params = _sampling_params(sampling, n, sampling.max_response_tokens)
+        pieces = await self._pieces({"input_ids": prompt_ids, "sampling_params": params}, n, counts, staleness)
+        cut: set[int] = set()
         for times in itertools.count(1):
             aborted = [index for index, piece in enumerate(pieces) if piece.finish_reason == "abort"]
             if not aborted:
                 break
-            if times > syncs:
-                await self._before_retry(times - syncs, "/generate", "it was aborted in the server", counts)
-            cut = cut or aborted  # what is aborted later has been before
+            assert staleness is not None
+            if times > staleness.versions:
+                await self._before_retry(times - staleness.versions, "/generate", BY_OTHERS, counts)
+            cut.update(aborted)
             counts["carried_on_responses"] += len(aborted)
             left = [sampling.max_response_tokens - len(pieces[index].token_ids) for index in aborted]
             body = {
                 "input_ids": [prompt_ids + pieces[index].token_ids for index in aborted],
                 "sampling_params": [_sampling_params(sampling, 1, max_new_tokens) for max_new_tokens in left],
             }
-            for index, rest in zip(aborted, await self._pieces(body, len(aborted), counts), strict=True):
-                pieces[index] = pieces[index].followed_by(rest)
-        texts = dict(zip(cut, await self._texts([pieces[index].token_ids for index in cut], counts), strict=True))
-        return [piece.response(texts.get(index, piece.text)) for index, piece in enumerate(pieces)]
+            rest = await self._pieces(body, len(aborted), counts, staleness)
+            for index, piece in zip(aborted, rest, strict=True):
+                pieces[index] = pieces[index].followed_by(piece)
+        return [
+            piece.response(staleness.decode(piece.token_ids) if staleness is not None and index in cut else piece.text)
+            for index, piece in enumerate(pieces)
+        ]
 
     async def healthy(self) -> bool:
         """Whether GET /health answers 200, for which SGLang's scheduler must be getting on. It may answer late, or never."""
@@ -139,19 +147,46 @@ class Engine:
         assert self._session is not None, "Engine.connect() comes first"
         return self._session
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None, counts: Counter[str]) -> Any:
+    async def _pieces(
+        self, body: dict[str, Any], n: int, counts: Counter[str], staleness: Staleness | None
+    ) -> list[Piece]:
+        body = {**body, "return_logprob": True}
+        answer = await self._request("POST", "/generate", body, counts, retry_aborted=staleness is None)
+        items = answer if isinstance(answer, list) else [answer]  # SGLang answers one prompt with n = 1 by an object
+        if len(items) != n:
+            raise MalformedAnswerError(f"{self.url}/generate: asked for {n} responses, got {_start(answer)}")
+        pieces = []
+        for item in items:
+            try:
+                pieces.append(parse_piece(item))
+            except UnusableItemError as error:
+                raise MalformedAnswerError(
+                    f"{self.url}/generate: malformed answer: {error}; it starts {_start(item)}"
+                ) from error
+        return pieces
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        counts: Counter[str],
+        *,
+        retry_aborted: bool = False,
+    ) -> Any:
         url = self.url + path
-        failure = ""
-        for attempt in itertools.count():
-            if attempt:
-                await self._before_retry(attempt, path, failure, counts)
+        for attempt in itertools.count(1):
             try:
                 async with self._open_session.request(method, url, json=body) as response:
                     if response.status == 200:
-                        return await response.json(content_type=None, loads=parse_json)
-                    failure = f"HTTP {response.status}: {_start(await response.text(errors='replace'))}"
-                    if response.status < 500 and response.status not in (408, 429):
-                        raise EngineError(f"{url}: {failure}")
+                        answer = await response.json(content_type=None, loads=parse_json)
+                        if not (retry_aborted and _was_aborted(answer)):
+                            return answer
+                        failure = BY_OTHERS
+                    else:
+                        failure = f"HTTP {response.status}: {_start(await response.text(errors='replace'))}"
+                        if response.status < 500 and response.status not in (408, 429):
+                            raise EngineError(f"{url}: {failure}")
             except aiohttp.ConnectionTimeoutError:
                 failure = f"no connection within {CONNECT_TIMEOUT_S} s"
             except TimeoutError:
@@ -161,10 +196,10 @@ class Engine:
                 failure = f"{type(error).__name__}: {error}"
             except ValueError as error:
                 raise MalformedAnswerError(f"{url}: the answer is not JSON: {error}") from error
-        raise AssertionError("unreachable")
+            await self._before_retry(attempt, path, failure, counts)
 
     async def _before_retry(self, attempt: int, path: str, failure: str, counts: Counter[str]) -> None:
-        """Counts the attempt, from 1, and waits, longer each time. Raises EngineFaultError where none is left, or the engine has died."""
+        """Waits after a failed attempt, numbered from 1. Raises EngineFaultError when it was the last, or the engine has died."""
         if self.process is not None:
             self.process.check()
         if attempt > self._max_retries:
@@ -174,33 +209,18 @@ class Engine:
         counts["retried_requests"] += 1
         await asyncio.sleep(min(FIRST_RETRY_DELAY_S * 2 ** (attempt - 1), MAX_RETRY_DELAY_S))
 
-    async def _pieces(self, body: dict[str, Any], n: int, counts: Counter[str]) -> list[Piece]:
-        answer = await self._request("POST", "/generate", {**body, "return_logprob": True}, counts)
-        items = answer if isinstance(answer, list) else [answer]  # SGLang answers one prompt with n = 1 by an object
-        if len(items) != n:
-            raise MalformedAnswerError(f"{self.url}/generate: asked for {n} responses, got {_start(answer)}")
-        pieces = []
-        for item in items:
-            try:
-                pieces.append(parse_piece(item))
-            except MalformedPieceError as error:
-                raise MalformedAnswerError(f"{self.url}/generate: {error}; it starts {_start(item)}") from error
-        return pieces
-
-    async def _texts(self, token_ids: list[list[int]], counts: Counter[str]) -> list[str]:
-        """What whole responses spell, without special tokens, as /generate gives it."""
-        if not token_ids:
-            return []
-        answer = await self._request("POST", "/detokenize", {"tokens": token_ids}, counts)
-        texts = answer.get("text") if isinstance(answer, dict) else None
-        if not isinstance(texts, list) or len(texts) != len(token_ids):
-            raise MalformedAnswerError(f"{self.url}/detokenize: malformed answer: {_start(answer)}")
-        return texts
-
 
 def authorization(api_key: str | None) -> dict[str, str]:
     """The header that a server started with --api-key demands."""
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+def _was_aborted(answer: Any) -> bool:
+    items = answer if isinstance(answer, list) else [answer]
+    try:
+        return any(item["meta_info"]["finish_reason"]["type"] == "abort" for item in items)
+    except (KeyError, TypeError):
+        return False
 
 
 def _sampling_params(sampling: SamplingConfig, n: int, max_new_tokens: int) -> dict[str, Any]:

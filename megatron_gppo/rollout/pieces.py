@@ -6,6 +6,7 @@ before top-p, whatever top_p is. weight_versions has spans of tokens by the vers
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +15,16 @@ from megatron_gppo.datatypes import FinishReason, Response
 AS_STARTED = "default"  # what SGLang calls the version of the weights it started with, unless told otherwise
 
 
-class MalformedPieceError(ValueError):
+class UnusableItemError(ValueError):
     """An item of an answer that cannot be used. The message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staleness:
+    """Of rollouts that are generated while the policy trains, and gets new weights."""
+
+    versions: int  # by so many may tokens be older than the policy; and so many weight syncs may cut a response
+    decode: Callable[[list[int]], str]  # what a response that was cut spells, without special tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +53,7 @@ class Piece:
 
 
 def parse_piece(item: Any) -> Piece:
-    """Raises MalformedPieceError."""
+    """Raises UnusableItemError."""
     try:
         meta = item["meta_info"]
         reason, matched = meta["finish_reason"]["type"], meta["finish_reason"].get("matched")
@@ -54,19 +63,19 @@ def parse_piece(item: Any) -> Piece:
         text = item["text"]
         versions = _versions(meta, len(token_ids))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise MalformedPieceError(f"malformed answer: {type(error).__name__} {error}") from error
+        raise UnusableItemError(f"{type(error).__name__} {error}") from error
     if (not token_ids and reason != "abort") or token_ids != logprob_ids:
-        raise MalformedPieceError(
-            f"malformed answer: {len(token_ids)} output_ids and {len(logprob_ids)} output_token_logprobs do not pair up"
+        raise UnusableItemError(
+            f"{len(token_ids)} output_ids and {len(logprob_ids)} output_token_logprobs do not pair up"
         )
     if not all(isinstance(value, float | int) and math.isfinite(value) for value in logprobs):
-        raise MalformedPieceError("malformed answer: a log-prob is not a finite number")
+        raise UnusableItemError("a log-prob is not a finite number")
     if reason == "abort":
         # Without its last token, which may be an EOS that the abort came before.
         return Piece(token_ids[:-1], logprobs[:-1], versions[:-1], "", "abort")
     if reason not in ("stop", "length") or (reason == "stop" and matched != token_ids[-1]):
         # SGLang also says "stop" when it met NaN, matched to a text.
-        raise MalformedPieceError(f"malformed answer: finish_reason {reason}, matched {matched!r}")
+        raise UnusableItemError(f"finish_reason {reason}, matched {matched!r}")
     return Piece(token_ids, logprobs, versions, text, reason)
 
 
@@ -79,7 +88,7 @@ def _versions(meta: dict[str, Any], num_tokens: int) -> list[int]:
             break
         versions += [_version(span["version"])] * (span["end"] - span["start"])
     if len(versions) != num_tokens:
-        raise MalformedPieceError(f"malformed answer: weight_versions = {spans} are not of {num_tokens} tokens")
+        raise UnusableItemError(f"weight_versions = {spans} are not of {num_tokens} tokens")
     return versions
 
 
@@ -89,6 +98,6 @@ def _version(name: Any) -> int:
     try:
         return int(name)
     except (TypeError, ValueError):
-        raise MalformedPieceError(
+        raise UnusableItemError(
             f"weight_version = {name!r} is not a number. Fix: start the server without --weight-version"
         ) from None

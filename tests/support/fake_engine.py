@@ -9,6 +9,7 @@ from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Prompt, Response, Verdict
 from megatron_gppo.rollout.dispatch import Prospect
 from megatron_gppo.rollout.engine import Engine, EngineError
+from megatron_gppo.rollout.pieces import Staleness
 
 
 class FakeEngine(Engine):
@@ -21,7 +22,12 @@ class FakeEngine(Engine):
         self.in_flight = self.most_in_flight = self.finished = self.aborts = 0
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str], *, syncs: int = 0
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingConfig,
+        n: int,
+        counts: Counter[str],
+        staleness: Staleness | None = None,
     ) -> list[Response]:
         [row] = prompt_ids
         self.in_flight += 1

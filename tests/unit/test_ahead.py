@@ -1,21 +1,24 @@
 """Rollouts ahead of the loop: how far, from which prompts, and what becomes of failures and cancellations."""
 
 import asyncio
+import contextlib
 import random
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_gppo.config import Config
 from megatron_gppo.data import PromptStream
 from megatron_gppo.datatypes import Prompt, Response, Rollout, Verdict
 from megatron_gppo.rollout.ahead import AheadRollouts
+from megatron_gppo.rollout.dispatch import EnginesNeedWeights
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import EngineRollouts, RolloutCancelled, RolloutError
+from megatron_gppo.rollout.pieces import Staleness
 from tests.support.fake_engine import FakeEngine, FakeJudge, FixedEngines
 from tests.support.rollout import make_config
 
@@ -109,6 +112,26 @@ def test_a_failure_reaches_the_loop_at_its_step_and_can_be_tried_again() -> None
     ahead.close()
 
 
+def test_what_waited_for_weights_goes_on_after_the_sync() -> None:
+    """Step 2 finds no engine while step 1 trains; the sync after that gives the restarted one its weights."""
+    source = Gated()
+    source.open(100)
+    source.fails[2] = EnginesNeedWeights()
+    ahead = AheadRollouts(source, staleness=1, last_step=LAST_STEP)
+    ahead.next(1, 0)
+    assert eventually(lambda: source.begun == [1, 2])
+    assert stays(lambda: source.begun == [1, 2])
+    assert ahead.next(2, 1).counts == {"step": 2}
+    source.fails[4] = EnginesNeedWeights()
+    assert ahead.next(3, 2).counts == {"step": 3}
+    assert eventually(lambda: source.begun == [1, 2, 2, 3, 4])
+    source.fails[4] = EnginesNeedWeights()  # the loop has to help
+    with pytest.raises(EnginesNeedWeights):
+        ahead.next(4, 3)
+    assert ahead.next(4, 3).counts == {"step": 4}
+    ahead.close()
+
+
 def test_while_paused_nothing_is_generated() -> None:
     source = Gated()
     ahead = AheadRollouts(source, staleness=2, last_step=LAST_STEP)
@@ -158,15 +181,26 @@ class Forever:
         raise AssertionError
 
 
+def make_source(
+    config: Config, engine: FakeEngine, prompts: PromptStream, judge: Any, staleness: int
+) -> EngineRollouts:
+    return EngineRollouts(
+        config.rollout,
+        FixedEngines([engine]),
+        prompts,
+        judge,
+        prompts_per_update=1,
+        staleness=Staleness(staleness, str) if staleness else None,
+    )
+
+
 def make_ahead(
     engine: FakeEngine, position: int = 0, staleness: int = 1, judge: Any = None
 ) -> tuple[AheadRollouts, PromptStream]:
     config = make_config(Path("unused"), Path("unused"), dynamic_sampling=True, max_refills=8)
     prompts = PromptStream(PROMPTS, shuffle=True, seed=3, position=position)
     judge = judge or FakeJudge({row for row in range(50) if row % 3 == 0})
-    source = EngineRollouts(
-        config.rollout, FixedEngines([engine]), prompts, judge, prompts_per_update=1, staleness=staleness
-    )
+    source = make_source(config, engine, prompts, judge, staleness)
     return AheadRollouts(source, staleness=staleness, last_step=LAST_STEP), prompts
 
 
@@ -202,18 +236,13 @@ def test_tokens_older_than_the_bound_are_an_error(staleness: int) -> None:
     for age in range(4):
         engine = FakeEngine(version=10 - age)
         config = make_config(Path("unused"), Path("unused"))
-        source = EngineRollouts(
-            config.rollout,
-            FixedEngines([engine]),
-            PromptStream(PROMPTS, shuffle=False, seed=0),
-            FakeJudge(),
-            prompts_per_update=1,
-            staleness=staleness,
-        )
+        source = make_source(config, engine, PromptStream(PROMPTS, shuffle=False, seed=0), FakeJudge(), staleness)
         if age <= staleness:
             assert len(source.next(11, 10).groups) == 4
         else:
-            with pytest.raises(EngineError, match=f"weights of version {10 - age}, the policy has version 10"):
+            with pytest.raises(
+                EngineError, match=f"no engine is left.*weights of version {10 - age}, the policy has version 10"
+            ):
                 source.next(11, 10)
 
 
@@ -226,30 +255,25 @@ def test_one_old_token_is_enough() -> None:
             ]
 
     for staleness, newest, fine in ((2, 9, True), (1, 9, False), (2, 8, False), (2, 10, False)):
-        source = EngineRollouts(
-            make_config(Path("unused"), Path("unused")).rollout,
-            FixedEngines([Mixed()]),
-            PromptStream(PROMPTS, shuffle=False, seed=0),
-            FakeJudge(),
-            prompts_per_update=1,
-            staleness=staleness,
-        )
+        config = make_config(Path("unused"), Path("unused"))
+        source = make_source(config, Mixed(), PromptStream(PROMPTS, shuffle=False, seed=0), FakeJudge(), staleness)
         if fine:
             source.next(newest + 1, newest)
         else:
-            with pytest.raises(EngineError, match="generated by weights of version"):
+            with pytest.raises(EngineError, match=r"no engine is left.*generated by weights of version"):
                 source.next(newest + 1, newest)
+
+
+def run_until_cancelled(ahead: AheadRollouts, last: int) -> None:
+    with contextlib.suppress(RolloutCancelled):
+        for step in range(1, last + 1):
+            ahead.next(step, step - 1)
 
 
 def test_closing_ends_what_the_engines_are_working_on() -> None:
     engine = FakeEngine()
     ahead, _ = make_ahead(engine, judge=Forever())
-
-    def wait() -> None:
-        with pytest.raises(RolloutCancelled):
-            ahead.next(1, 0)
-
-    loop = threading.Thread(target=wait)
+    loop = threading.Thread(target=run_until_cancelled, args=(ahead, 1))
     loop.start()
     assert eventually(lambda: engine.finished == 4)
     ahead.close()
@@ -263,8 +287,7 @@ def test_cancelling_at_any_moment_ends_in_time() -> None:
     for seed in range(20):
         ahead, _ = make_ahead(FakeEngine(), staleness=2)
         threading.Timer(random.Random(seed).uniform(0, 0.05), ahead.cancel).start()
-        with suppress(RolloutCancelled, EngineError):  # or the weights never get newer
-            for step in range(1, LAST_STEP + 1):
-                ahead.next(step, step - 1)
+        with contextlib.suppress(EngineError):  # these weights never get newer
+            run_until_cancelled(ahead, LAST_STEP)
         ahead.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "rollouts"]

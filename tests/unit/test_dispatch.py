@@ -36,7 +36,7 @@ class FailingEngine(FakeEngine):
         self.error, self.good, self.is_healthy = error, good, healthy
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Any, **options: Any
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Any, staleness: Any = None
     ) -> list[Response]:
         if self.finished < self.good:
             return await super().generate(prompt_ids, sampling, n, counts, **options)

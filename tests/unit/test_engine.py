@@ -13,6 +13,7 @@ from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Response
 from megatron_gppo.rollout import engine as engine_module
 from megatron_gppo.rollout.engine import Engine, EngineError
+from megatron_gppo.rollout.pieces import Staleness
 
 SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_response_tokens=8)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -31,6 +32,9 @@ def answer(token_ids: tuple[int, ...] = (8, 1), **meta: Any) -> dict[str, Any]:
     }
 
 
+ABORTED = {"finish_reason": {"type": "abort", "message": "Aborted"}}
+
+
 def generate(
     handler: Handler,
     *,
@@ -38,7 +42,7 @@ def generate(
     timeout_s: float = 30.0,
     max_retries: int = 2,
     api_key: str | None = None,
-    syncs: int = 0,
+    staleness: Staleness | None = None,
 ) -> tuple[list[Response], Counter[str]]:
     """Engine.generate against a server whose POST /generate and /detokenize are `handler`."""
 
@@ -55,7 +59,7 @@ def generate(
         await engine.connect()
         counts: Counter[str] = Counter()
         try:
-            return await engine.generate([2, 3], SAMPLING, n, counts, syncs=syncs), counts
+            return await engine.generate([2, 3], SAMPLING, n, counts, staleness), counts
         finally:
             await engine.disconnect()
             await runner.cleanup()
@@ -142,6 +146,7 @@ def test_sends_the_whole_sampling_configuration_and_the_key() -> None:
         [web.Response(status=500), web.Response(status=503)],
         [web.Response(status=429), web.Response(status=408)],
         [None, None],
+        [web.json_response([answer(**ABORTED)] * 2), None],
     ],
     ids=["5xx", "4xx that pass", "disconnects"],
 )
@@ -199,9 +204,6 @@ def test_tokens_have_the_versions_of_their_spans() -> None:
     assert responses[0].policy_versions == [3, 5]
 
 
-ABORTED = {"finish_reason": {"type": "abort", "message": "Aborted"}}
-
-
 class Cutting:
     """A server that aborts what it generates, as often as `cuts` says, after three tokens more each time (the first time
     in the queue, without a token), and has newer weights after each."""
@@ -212,8 +214,6 @@ class Cutting:
 
     async def __call__(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if "tokens" in body:
-            return web.json_response({"text": [f"text of {tokens}" for tokens in body["tokens"]]})
         self.bodies.append(body)
         version = str(len(self.bodies))
         if len(self.bodies) > self.cuts:
@@ -229,7 +229,7 @@ class Cutting:
 @pytest.mark.parametrize("cuts", [1, 2, 3])
 def test_what_a_weight_sync_cuts_goes_on_where_it_stopped(cuts: int) -> None:
     server = Cutting(cuts)
-    responses, counts = generate(server, n=3, syncs=cuts)
+    responses, counts = generate(server, n=3, staleness=Staleness(cuts, lambda token_ids: f"text of {token_ids}"))
     assert counts == {"carried_on_responses": 2 * cuts}
     # The last token of an aborted piece is drawn anew: it may be an EOS.
     kept = [5, 6] * (cuts - 1)
@@ -245,11 +245,11 @@ def test_what_a_weight_sync_cuts_goes_on_where_it_stopped(cuts: int) -> None:
 
 
 def test_aborts_that_no_sync_explains_are_retries_and_bounded() -> None:
-    responses, counts = generate(Cutting(2), n=3, syncs=0)
+    responses, counts = generate(Cutting(3), n=3, staleness=Staleness(1, str))
     assert len(responses) == 3
-    assert counts == {"carried_on_responses": 4, "retried_requests": 2}
-    with pytest.raises(EngineError, match=r"/generate: failed 3 times .*it was aborted in the server"):
-        generate(Cutting(100), n=3, syncs=0)
+    assert counts == {"carried_on_responses": 6, "retried_requests": 2}
+    with pytest.raises(EngineError, match=r"/generate: failed 3 times .*the request was aborted in the server"):
+        generate(Cutting(100), n=3, staleness=Staleness(1, str))
 
 
 def without(key: str) -> dict[str, Any]:

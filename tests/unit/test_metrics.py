@@ -119,6 +119,10 @@ def test_rollout_scalars() -> None:
         "rollout/surplus_groups": 0,
         "rollout/retried_requests": 1,
         "rollout/timed_out_requests": 0,
+        "rollout/carried_on_responses": 0,
+        "rollout/staleness_mean": 2.0,  # step 4 starts from version 3, and these are of version 1
+        "rollout/staleness_max": 2.0,
+        "rollout/mixed_responses": 0.0,
         "rollout/moved_requests": 0,
         "rollout/malformed_answers": 0,
         "rollout/lost_engines": 0,
