@@ -819,11 +819,6 @@ class Config(Section):
             raise ValueError(
                 "data.train is missing. Fix: name the file with the training prompts, or set rollout.mode: replay"
             )
-        if self.async_.staleness > 0 and self.rollout.placement == "colocated":
-            raise ValueError(
-                f"async.staleness = {self.async_.staleness}: engines with rollout.placement: colocated cannot generate while the policy "
-                "trains. Fix: set async.staleness: 0, or rollout.placement: disaggregated"
-            )
         if self.async_.staleness > 0 and self.rollout.mode == "replay":
             raise ValueError(
                 f"async.staleness = {self.async_.staleness} is about generation, and rollout.mode: replay has none. Fix: set async.staleness: 0"

@@ -158,7 +158,6 @@ class Dispatcher:
         counts: Counter[str],
         staleness: Staleness | None,
     ) -> list[Response]:
-        syncs = 0 if versions is None else len(versions) - 1
         lost = self._lost.setdefault(engine, asyncio.get_running_loop().create_future())
         call = asyncio.create_task(engine.generate(prompt_ids, sampling, n, counts, staleness))
         try:

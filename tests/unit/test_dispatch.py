@@ -39,7 +39,7 @@ class FailingEngine(FakeEngine):
         self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Any, staleness: Any = None
     ) -> list[Response]:
         if self.finished < self.good:
-            return await super().generate(prompt_ids, sampling, n, counts, **options)
+            return await super().generate(prompt_ids, sampling, n, counts)
         if self.error is not None:
             raise self.error
         self.in_flight += 1
@@ -104,9 +104,9 @@ def test_a_hung_engine_is_noticed_by_its_health() -> None:
 
 def test_a_slow_engine_that_is_healthy_is_waited_for() -> None:
     class Slow(FakeEngine):
-        async def generate(self, *args: Any, **options: Any) -> list[Response]:
+        async def generate(self, *args: Any) -> list[Response]:
             await asyncio.sleep(0.5)
-            return await super().generate(*args, **options)
+            return await super().generate(*args)
 
     engines = FixedEngines([Slow()])
     found, counts = run(engines, 1, health_timeout_s=0.1)
@@ -179,10 +179,10 @@ def test_over_sampling_begins_more_and_takes_the_aborted_first_next_time() -> No
 
         stuck = frozenset({1, 2})
 
-        async def generate(self, prompt_ids: list[int], *args: Any, **options: Any) -> list[Response]:
+        async def generate(self, prompt_ids: list[int], *args: Any) -> list[Response]:
             if prompt_ids[0] in self.stuck:
                 await asyncio.sleep(3600)
-            return await super().generate(prompt_ids, *args, **options)
+            return await super().generate(prompt_ids, *args)
 
     engine, prompts = Stuck(), CountingPrompts()
     config = make_config(

@@ -44,12 +44,11 @@ def generate(
     api_key: str | None = None,
     staleness: Staleness | None = None,
 ) -> tuple[list[Response], Counter[str]]:
-    """Engine.generate against a server whose POST /generate and /detokenize are `handler`."""
+    """Engine.generate against a server whose POST /generate is `handler`."""
 
     async def run() -> tuple[list[Response], Counter[str]]:
         app = web.Application()
         app.router.add_post("/generate", handler)
-        app.router.add_post("/detokenize", handler)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -148,7 +147,7 @@ def test_sends_the_whole_sampling_configuration_and_the_key() -> None:
         [None, None],
         [web.json_response([answer(**ABORTED)] * 2), None],
     ],
-    ids=["5xx", "4xx that pass", "disconnects"],
+    ids=["5xx", "4xx that pass", "disconnects", "aborted by somebody"],
 )
 def test_retries_and_counts(failures: list[web.Response | None]) -> None:
     responses, counts = generate(after(failures, [answer()] * 2))

@@ -41,7 +41,7 @@ class CountingEngine(FakeEngine):
         self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str], staleness: Any = None
     ) -> list[Response]:
         self.asked[prompt_ids[0], n, sampling.max_response_tokens] += 1
-        return await super().generate(prompt_ids, sampling, n, counts, **options)
+        return await super().generate(prompt_ids, sampling, n, counts)
 
 
 def evaluator(engine: FakeEngine, *benchmarks: Benchmark, judge: Any = None) -> Evaluator:
