@@ -2,7 +2,8 @@
 
 Writes the model to --folder (15 GB at --scale 1; with its conversion and a copy 46 GB), measures, and deletes all that it
 wrote. Everything starts from a cold page cache and ends with the bytes on the disk: the copy is `cp --reflink=never` and
-fsync, and the conversions fsync what they write. Memory is VmHWM, the most that a process ever had resident.
+fsync, and the conversions fsync what they write. Copies and conversions come in pairs, whose order alternates, so that a
+disk which is faster at one time than at another favours neither. Memory is VmHWM, the most that a process ever had resident.
 """
 
 import argparse
@@ -11,12 +12,13 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,33 +52,61 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where to write; a folder of its own is made in it")
     parser.add_argument("--scale", type=float, default=1.0, help="share of layers and vocabulary; default 1")
+    parser.add_argument("--repeats", type=int, default=3, help="copies and conversions of each direction; default 3")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: give 1 or more")
     folder = args.folder / f"bench_convert_{os.getpid()}"
     folder.mkdir(parents=True)
     try:
-        measure(folder, args.scale)
+        measure(folder, args.scale, args.repeats)
     finally:
         shutil.rmtree(folder)
     return 0
 
 
-def measure(folder: Path, scale: float) -> None:
+def measure(folder: Path, scale: float, repeats: int) -> None:
     hf, megatron, back = (folder / name for name in ("hf", "megatron", "back"))
     write_model(hf, scale)
-    print(
-        f"{gigabytes(hf):.2f} GB; {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before the first run\n"
-    )
-    print(f"{'':<16}{'seconds':>9}{'GB/s':>7}{'of the copy':>13}{'peak GB':>9}{'--verify':>10}")
+    print(f"{gigabytes(hf):.2f} GB, {repeats} pairs; {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}\n")
+    print(f"{'':<16}{'copy s':>9}{'seconds':>9}{'GB/s':>7}{'of the copy':>13}{'peak GB':>9}{'--verify s':>12}")
     for name, source, output, tool, flag in (
         ("HF to Megatron", hf, megatron, "convert_hf_to_megatron.py", "--hf-path"),
         ("Megatron to HF", megatron, back, "convert_megatron_to_hf.py", "--checkpoint"),
     ):
-        copy_seconds = time_copy(source, folder / "copy")
-        print(f"{'copy':<16}{copy_seconds:>9.1f}{gigabytes(source) / copy_seconds:>7.2f}", flush=True)
         command = [sys.executable, TOOLS / tool, flag, source, "--output", output, "--verify"]
-        seconds, verify_seconds, peak = time_conversion(command, source)
-        speed, ratio = gigabytes(source) / seconds, seconds / copy_seconds
-        print(f"{name:<16}{seconds:>9.1f}{speed:>7.2f}{ratio:>13.2f}{peak:>9.2f}{verify_seconds:>10.1f}", flush=True)
+        pairs = []
+        for repeat in range(repeats):
+            shutil.rmtree(output, ignore_errors=True)
+            pairs.append(measure_pair(command, source, folder / "copy", copy_first=repeat % 2 == 0))
+            print_row(f"{name} {repeat + 1}", pairs[-1], gigabytes(source))
+        print_row("median", Pair(*map(statistics.median, zip(*pairs, strict=True))), gigabytes(source))
+
+
+class Pair(NamedTuple):
+    """A copy and a conversion, one straight after the other: a disk's speed changes over minutes."""
+
+    copy_seconds: float
+    seconds: float
+    of_the_copy: float  # seconds / copy_seconds; the median of these is not the ratio of the medians
+    peak: float  # GB
+    verify_seconds: float
+
+
+def measure_pair(command: list[object], source: Path, copy: Path, *, copy_first: bool) -> Pair:
+    copy_seconds = time_copy(source, copy) if copy_first else math.nan
+    seconds, verify_seconds, peak = time_conversion(command, source)
+    if not copy_first:
+        copy_seconds = time_copy(source, copy)
+    return Pair(copy_seconds, seconds, seconds / copy_seconds, peak, verify_seconds)
+
+
+def print_row(name: str, pair: Pair, size: float) -> None:
+    print(
+        f"{name:<16}{pair.copy_seconds:>9.1f}{pair.seconds:>9.1f}{size / pair.seconds:>7.2f}{pair.of_the_copy:>13.2f}"
+        f"{pair.peak:>9.2f}{pair.verify_seconds:>12.1f}",
+        flush=True,
+    )
 
 
 def write_model(folder: Path, scale: float) -> None:
@@ -143,8 +173,8 @@ def resident_peak(pid: int) -> float:
 
 
 def forget_cached(folder: Path) -> None:
-    """Drops a folder's files, which must be on the disk, from this machine's page cache."""
-    sync_tree(folder)
+    """Drops a folder's files from this machine's page cache, once nothing is left to write to the disk."""
+    os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

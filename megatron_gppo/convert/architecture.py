@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from megatron_gppo.convert.errors import ConvertError
 
 SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,9 @@ class Architecture:
         config.refuse("hidden_act", "silu")
         config.refuse("attention_bias", False)
         config.refuse("quantization_config", None)
-        if "sliding_attention" in (config.fields.get("layer_types") or []):
-            raise ConvertError(f"{config.path}: layer_types has sliding_attention, which is not supported")
+        for layer_type in config.get("layer_types", list, []):
+            if layer_type != "full_attention":
+                raise ConvertError(f"{config.path}: layer_types has {layer_type}, which is not supported")
 
         num_attention_heads = config.size("num_attention_heads")
         num_kv_heads = config.size("num_key_value_heads")
@@ -84,7 +87,7 @@ class Architecture:
             vocab_size=config.size("vocab_size"),
             max_position_embeddings=config.size("max_position_embeddings"),
             rope_theta=config.rope_theta(),
-            rms_norm_eps=float(config.fields.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=config.positive("rms_norm_eps", config.fields.get("rms_norm_eps", 1e-6)),
             tied_embeddings=bool(config.fields.get("tie_word_embeddings", False)),
             qkv_bias=name == "Qwen2ForCausalLM",
             qk_norm=name != "Qwen2ForCausalLM",
@@ -152,12 +155,26 @@ class _HfConfig:
         return cls(path, fields)
 
     def architecture(self) -> str:
-        names = self.fields.get("architectures") or [None]
+        names = self.get("architectures", list, []) or [None]
         if names[0] not in SUPPORTED:
             raise ConvertError(
                 f"{self.path}: architecture {names[0]} is not supported. Supported: {', '.join(SUPPORTED)}"
             )
         return str(names[0])
+
+    def get(self, field: str, kind: type[T], default: T) -> T:
+        """A field of one type; null and absent mean the default."""
+        value = self.fields.get(field)
+        if value is None:
+            return default
+        if not isinstance(value, kind):
+            raise ConvertError(f"{self.path}: {field} = {value!r} is not a {kind.__name__}")
+        return value
+
+    def positive(self, field: str, value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ConvertError(f"{self.path}: {field} = {value!r} is not a positive number")
+        return float(value)
 
     def size(self, field: str, default: int | None = None) -> int:
         """A positive integer; null and absent mean the default."""
@@ -199,7 +216,7 @@ class _HfConfig:
 
     def rope_theta(self) -> float:
         """transformers 5 keeps it in rope_parameters; before, it stood beside rope_scaling."""
-        scaling = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
+        scaling = self.get("rope_parameters", dict, {}) or self.get("rope_scaling", dict, {})
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
         if rope_type != "default":
             raise ConvertError(
@@ -208,14 +225,11 @@ class _HfConfig:
             )
         if scaling.get("partial_rotary_factor", 1.0) != 1.0:
             raise ConvertError(f"{self.path}: partial_rotary_factor is not supported; only 1.0 is")
-        theta = scaling.get("rope_theta", self.fields.get("rope_theta", 10000.0))
-        if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
-            raise ConvertError(f"{self.path}: rope_theta = {theta!r} is not a positive number")
-        return float(theta)
+        return self.positive("rope_theta", scaling.get("rope_theta", self.fields.get("rope_theta", 10000.0)))
 
     def dtype(self) -> torch.dtype:
         """transformers 5 calls it dtype, torch_dtype before."""
-        name = self.fields.get("dtype") or self.fields.get("torch_dtype") or "float32"
+        name = self.get("dtype", str, "") or self.get("torch_dtype", str, "") or "float32"
         if name not in DTYPES:
             raise ConvertError(f"{self.path}: dtype {name} is not supported. Supported: {', '.join(DTYPES)}")
         return DTYPES[name]

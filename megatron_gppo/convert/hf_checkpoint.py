@@ -140,7 +140,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name; empty for a model in a single file."""
     path = folder / INDEX_FILE
     if not path.exists():
-        if (folder / SINGLE_FILE).exists():
+        if (folder / SINGLE_FILE).is_file():
             return {}
         raise ConvertError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}. Fix: give the folder of an HF model")
     try:
@@ -148,6 +148,10 @@ def _read_index(folder: Path) -> dict[str, str]:
         index = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConvertError(f"{path}: not an index of safetensors files") from error
+    except OSError as error:
+        raise ConvertError(f"{path}: {error.strerror}") from error
+    if not index:
+        raise ConvertError(f"{path}: its weight_map names no tensors")
     for file in sorted(set(index.values())):
         if not (folder / file).is_file():
             raise ConvertError(f"{folder / file}: is missing, but {INDEX_FILE} names it")
@@ -155,23 +159,35 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ConvertError(f"{path}: truncated, or not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = [
-                (str(name), str(entry["dtype"]), tuple(entry["shape"]), tuple(entry["data_offsets"]))
-                for name, entry in header.items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConvertError(f"{path}: not a safetensors file: its header cannot be read") from error
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ConvertError(f"{path}: truncated, or not a safetensors file")
+            encoded = file.read(length)
+    except OSError as error:
+        raise ConvertError(f"{path}: {error.strerror}") from error
+    try:
+        header = json.loads(encoded)
+        header.pop("__metadata__", None)
+        entries = [
+            (str(name), str(entry["dtype"]), _counts(entry["shape"]), _counts(entry["data_offsets"]))
+            for name, entry in header.items()
+        ]
+        entries.sort(key=lambda entry: entry[3])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConvertError(f"{path}: not a safetensors file: its header cannot be read") from error
 
-    tensors = {}
-    for name, dtype, shape, (begin, end) in entries:
+    tensors, previous_end = {}, 0
+    for name, dtype, shape, offsets in entries:
+        # The format allows neither holes nor overlaps; a header with them would give a tensor another one's bytes.
+        if len(offsets) != 2 or offsets[0] != previous_end:
+            raise ConvertError(
+                f"{path}: damaged: its header places tensor {name} at {list(offsets)}, but the one before ends at {previous_end}"
+            )
+        begin, end = offsets
+        previous_end = end
         if dtype not in DTYPES:
             raise ConvertError(f"{path}: tensor {name} has dtype {dtype}; only {', '.join(DTYPES)} are supported")
         tensor = StoredTensor(path, 8 + length + begin, DTYPES[dtype], shape)
@@ -183,6 +199,13 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise ConvertError(f"{path}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}")
         tensors[name] = tensor
     return tensors
+
+
+def _counts(values: list[object]) -> tuple[int, ...]:
+    """Raises ValueError for anything but whole numbers from 0."""
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(values)
+    return tuple(values)  # type: ignore[arg-type]
 
 
 def _read_into(file: BinaryIO, buffer: memoryview, path: Path) -> None:

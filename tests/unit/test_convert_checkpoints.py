@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gppo.convert import (
@@ -195,6 +196,12 @@ def test_an_architecture_comes_from_config_json(name: str, tmp_path: Path) -> No
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config = .* is not supported"),
         ({"dtype": "float16"}, "dtype float16 is not supported"),
+        ({"dtype": ["bfloat16"]}, r"dtype = \['bfloat16'\] is not a str"),
+        ({"architectures": "Qwen2ForCausalLM"}, "architectures = 'Qwen2ForCausalLM' is not a list"),
+        ({"layer_types": 3}, "layer_types = 3 is not a list"),
+        ({"rope_parameters": "default"}, "rope_parameters = 'default' is not a dict"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6' is not a positive number"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06 is not a positive number"),
     ],
 )
 def test_a_config_that_cannot_be_used(hf: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -320,6 +327,73 @@ def test_damaged_shards_are_named(tmp_path: Path, damage: Callable[[Path], objec
     assert_refused(lambda: convert_hf_to_megatron(hf, output), f"{shard.name}: {message}", output.parent)
 
 
+def edit_norm(**changes: Any) -> Callable[[Path], object]:
+    """Sets fields of one tensor's entry in a safetensors header."""
+
+    def edit(path: Path) -> None:
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        header["model.norm.weight"].update(changes)
+        encoded = json.dumps(header).encode()
+        path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_offsets": [0, 64]}, r"damaged: its header places tensor \S+ at \[0, .*, but the one before ends at"),
+        ({"data_offsets": [-64, 0]}, "not a safetensors file: its header cannot be read"),
+        ({"data_offsets": ["0", "64"]}, "not a safetensors file: its header cannot be read"),
+        ({"data_offsets": [0, 4, 64]}, "damaged: its header places tensor"),
+        ({"shape": [16.0]}, "not a safetensors file: its header cannot be read"),
+        ({"shape": [17]}, r"tensor model.norm.weight of shape \[17\] and dtype F32 takes 64 bytes"),
+        ({"dtype": "F64"}, "tensor model.norm.weight has dtype F64; only F32, BF16 are supported"),
+        ({"dtype": "I8"}, "tensor model.norm.weight has dtype I8; only F32, BF16 are supported"),
+    ],
+)
+def test_a_header_that_lies(hf: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    edit_norm(**change)(hf / "model.safetensors")
+    output = tmp_path / "out" / "megatron"
+    assert_refused(lambda: convert_hf_to_megatron(hf, output), f"model.safetensors: {message}", output.parent)
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", max_shard_size="10KB")
+    (hf / INDEX_FILE).unlink()
+    (hf / "model.safetensors").mkdir()
+    with pytest.raises(ConvertError, match=r"hf: has neither model\.safetensors nor"):
+        HfCheckpoint(hf)
+    (hf / INDEX_FILE).mkdir()
+    with pytest.raises(ConvertError, match=f"{INDEX_FILE}: Is a directory"):
+        HfCheckpoint(hf)
+
+
+def test_shards_may_be_symbolic_links(tmp_path: Path) -> None:
+    """As the Hugging Face hub's cache stores them."""
+    hf = make(tmp_path / "hf", max_shard_size="10KB")
+    (tmp_path / "blobs").mkdir()
+    shards = sorted(hf.glob("*.safetensors"))
+    for shard in shards:
+        shard.rename(tmp_path / "blobs" / shard.name)
+        shard.symlink_to(tmp_path / "blobs" / shard.name)
+    convert_hf_to_megatron(hf, tmp_path / "megatron", verify=True)
+    (tmp_path / "blobs" / shards[0].name).unlink()
+    with pytest.raises(ConvertError, match=f"{shards[0].name}: is missing, but {INDEX_FILE} names it"):
+        HfCheckpoint(hf)
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", max_shard_size="10KB")
+    shards = sorted(hf.glob("*.safetensors"))
+    first = load_file(shards[0])
+    save_file(load_file(shards[1]) | first, shards[1])
+    with pytest.raises(ConvertError, match=f"{shards[1].name}: holds .*, which {INDEX_FILE} places {shards[0].name}"):
+        HfCheckpoint(hf)
+
+
 def test_an_index_that_does_not_match_its_shards(tmp_path: Path) -> None:
     hf = make(tmp_path / "hf", max_shard_size="10KB")
     index = json.loads((hf / INDEX_FILE).read_text())
@@ -328,6 +402,9 @@ def test_an_index_that_does_not_match_its_shards(tmp_path: Path) -> None:
     index["weight_map"][name] = second
     (hf / INDEX_FILE).write_text(json.dumps(index))
     with pytest.raises(ConvertError, match=f"{first}: holds {name}, which {INDEX_FILE} places {second}"):
+        HfCheckpoint(hf)
+    (hf / INDEX_FILE).write_text('{"weight_map": {}}')
+    with pytest.raises(ConvertError, match=f"{INDEX_FILE}: its weight_map names no tensors"):
         HfCheckpoint(hf)
     (hf / INDEX_FILE).write_text("{}")
     with pytest.raises(ConvertError, match="not an index of safetensors files"):
