@@ -41,6 +41,7 @@ ScheduledBelow1 = Annotated[
 
 Objective = Literal["ce_gppo", "ppo_clip", "dapo", "cispo", "gspo"]
 Aggregation = Literal["token_mean", "group_token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+PauseMode = Literal["abort", "retract", "in_place"]
 Advantage = Literal["mean_std", "mean", "leave_one_out"]
 
 
@@ -211,13 +212,45 @@ class SamplingConfig(Section):
     """Generation stops there; the response then counts as truncated."""
 
 
+ServerArgs = dict[str, str | int | float | bool]
+
+
+class EngineConfig(Section):
+    """Some managed engines that are alike."""
+
+    count: PositiveInt = 1
+    """So many, on each of the nodes."""
+    nodes: list[Annotated[int, Field(ge=0)]] | Literal["all"] = [0]
+    """Where, as torchrun counts its nodes."""
+    tp: PositiveInt | None = None
+    """Tensor-parallel size. None is rollout.engine_tp."""
+    gpus: list[Annotated[int, Field(ge=0)]] | None = None
+    """CUDA devices of each node, tp for each engine in turn. None takes them from the first that the policy's ranks and
+    the entries before leave free (colocated: from the first)."""
+    cores: list[Annotated[int, Field(ge=0)]] | None = None
+    """CPU cores of each node, shared out evenly; the engine's processes run nowhere else. None: the system decides."""
+    server_args: ServerArgs = {}
+    """Put on top of rollout.server_args."""
+
+
 class RolloutConfig(SamplingConfig):
     """Generation of responses."""
 
     mode: Literal["managed", "external", "replay"] = "managed"
     """managed: start SGLang here; external: use the servers at urls; replay: read recorded rollouts, no engine."""
+    engines: list[EngineConfig] = []
+    """managed: the engines to start. None given: one, on the first node."""
     urls: list[str] = []
-    """external: base URLs of running SGLang servers, e.g. http://10.0.0.5:30000."""
+    """external: base URLs of running SGLang servers, e.g. http://10.0.0.5:30000; managed: more engines beside rollout.engines."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """disaggregated: engines have GPUs of their own; colocated: they share the policy's, and give their memory back while it
+    trains."""
+    router: bool = False
+    """Several engines: send prompts through sglang-router, which prefers the engine that has a prompt's beginning in its cache."""
+    max_restarts: Annotated[int, Field(ge=0)] = 5
+    """managed: times that each engine which died, hung or answered nonsense is started again in a run."""
+    health_timeout_s: PositiveFloat = 120.0
+    """An engine that is working, but whose health check does not succeed for so long, is taken for hung."""
     replay: Path | None = None
     """replay: folder that an earlier run recorded."""
     record: Path | None = None
@@ -230,34 +263,47 @@ class RolloutConfig(SamplingConfig):
     """Drop groups whose rewards are all equal and generate others in their place."""
     max_refills: PositiveInt = 4
     """dynamic_sampling: rounds of replacement before the step goes on with fewer groups (counted)."""
+    oversample: Annotated[float, Field(ge=1.0, le=8.0)] = 1.0
+    """dynamic_sampling: generate so many times the groups at once, and abort what is left when there are enough. Prompts of
+    aborted groups come first in the next step. Favours prompts with short responses."""
     concurrency: PositiveInt = 256
     """Requests in flight to each server; one request asks for a prompt's G responses."""
     request_timeout_s: PositiveFloat = 1800.0
     """Limit for one request, generation included."""
     max_retries: Annotated[int, Field(ge=0)] = 3
-    """Times a request that failed is sent again before the step fails."""
+    """Times a request that failed is sent again to its engine, before that counts as lost; and times that it is moved to
+    another, before the step fails."""
     host: str = "127.0.0.1"
-    """managed: address the server listens on. Its control endpoints execute what they are sent: see api_key."""
+    """managed: address the servers listen on. Their control endpoints execute what they are sent: see api_key. With engines
+    on several nodes it has to be 0.0.0.0 (or ::), and each node gives the address from which it reaches the first."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """managed: the server's port. None takes a free one."""
+    """managed: port of a node's first server; the others count up. None takes free ones."""
     api_key: str | None = None
     """Sent to, and demanded by, the servers. Needed when host is not a loopback address."""
     engine_tp: PositiveInt = 1
-    """managed: the server's tensor-parallel size."""
+    """managed: the servers' tensor-parallel size."""
     engine_dtype: Literal["bf16", "fp32"] | None = None
     """managed: dtype of the server's weights. None is model.dtype."""
     start_timeout_s: PositiveFloat = 600.0
-    """managed: limit for the server to come up."""
-    server_args: dict[str, str | int | float | bool] = {}
+    """managed: limit for a server to come up."""
+    server_args: ServerArgs = {}
     """managed: further arguments of sglang.launch_server, as {mem_fraction_static: 0.8}."""
     logprob_alarm: PositiveFloat = 1.0
     """Warn, and keep the sample, when an engine log-prob differs from the policy's by more than this on average (nats per token)."""
 
     @model_validator(mode="after")
     def _modes(self) -> "RolloutConfig":
-        if (self.mode == "external") != bool(self.urls):
+        if (self.mode == "external" and not self.urls) or (self.mode == "replay" and self.urls):
             raise ValueError(
-                f"urls = {self.urls} with mode = {self.mode}. Fix: mode external takes one or more rollout.urls, the others none"
+                f"urls = {self.urls} with mode = {self.mode}. Fix: mode external takes one or more rollout.urls, replay none"
+            )
+        if self.mode == "managed" and self.urls and not self.engines:
+            raise ValueError(
+                f"urls = {self.urls} with mode = managed. Fix: set rollout.mode: external, or list in rollout.engines what to start beside them"
+            )
+        if self.mode != "managed" and self.engines:
+            raise ValueError(
+                f"engines with mode = {self.mode}. Fix: remove rollout.engines, or set rollout.mode: managed"
             )
         if (self.mode == "replay") != (self.replay is not None):
             raise ValueError(
@@ -269,7 +315,44 @@ class RolloutConfig(SamplingConfig):
             raise ValueError(
                 f"host = {self.host} opens the engine's control endpoints to the network. Fix: set rollout.api_key"
             )
+        if self.oversample > 1 and not self.dynamic_sampling:
+            raise ValueError(
+                f"oversample = {self.oversample} is for dynamic sampling. Fix: set rollout.dynamic_sampling: true, or remove it"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _engines(self) -> "RolloutConfig":
+        for index, entry in enumerate(self.engines):
+            ranks = entry.count * (entry.tp or self.engine_tp)
+            if entry.gpus is not None and len(entry.gpus) != ranks:
+                raise ValueError(
+                    f"engines.{index}.gpus = {entry.gpus}: {entry.count} engines of tp {entry.tp or self.engine_tp} need {ranks}. Fix: list so many"
+                )
+            if entry.cores is not None and (not entry.cores or len(entry.cores) % ranks):
+                raise ValueError(
+                    f"engines.{index}.cores = {entry.cores} cannot be shared out evenly over {ranks} = count x tp processes. Fix: list a multiple"
+                )
+            if entry.nodes != [0] and self.host not in ("0.0.0.0", "::"):
+                raise ValueError(
+                    f"engines.{index}.nodes = {entry.nodes}, but host = {self.host} is one machine's. Fix: set rollout.host: 0.0.0.0 and rollout.api_key"
+                )
+            for field in ("gpus", "cores"):
+                self._check_used_once(index, field)
+        return self
+
+    def _check_used_once(self, index: int, field: str) -> None:
+        """That an entry's list repeats nothing, nor anything that an entry before takes on the same node."""
+        entry = self.engines[index]
+        mine = getattr(entry, field) or []
+        for other in self.engines[:index]:
+            same_node = "all" in (entry.nodes, other.nodes) or set(entry.nodes) & set(other.nodes)
+            if taken := set(mine) & set(getattr(other, field) or []) if same_node else set():
+                raise ValueError(
+                    f"engines.{index}.{field} = {mine}: {sorted(taken)} are another entry's, too. Fix: give each to one engine"
+                )
+        if len(set(mine)) != len(mine):
+            raise ValueError(f"engines.{index}.{field} = {mine} repeats one. Fix: give each to one engine")
 
 
 class RewardFunctionConfig(Section):
@@ -578,8 +661,16 @@ class OptimizerConfig(Section):
 class SyncConfig(Section):
     """Weights from the policy to the engines."""
 
+    transport: Literal["distributed", "tensor", "disk"] = "distributed"
+    """distributed: a torch.distributed group of rank 0 and the engines. tensor: memory that both see, for engines on the
+    trainer's GPUs (CUDA IPC) or, on the CPU, on rank 0's machine. disk: a folder that the engines read."""
     bucket_mb: PositiveInt = 512
-    """Size of a flattened bucket in MiB."""
+    """Size of a flattened bucket in MiB. Rank 0 keeps two of them."""
+    pause: PauseMode = "abort"
+    """What becomes of requests in flight. abort: they end with what they have. retract: they wait, and go on with a new KV
+    cache by the new weights. in_place: they wait, and go on with the KV cache of the old weights."""
+    disk_dir: Path | None = None
+    """Folder of transport disk, under the same path for the engines. None is run.dir/weights."""
     host: str = "127.0.0.1"
     """Address of rank 0 that the engines can reach, for the weight-transfer group."""
     timeout_s: PositiveFloat = 300.0
@@ -588,6 +679,15 @@ class SyncConfig(Section):
     """Compare the engine's log-probs of a probe sequence with the policy's every so many syncs."""
     verify_tolerance: PositiveFloat | None = None
     """Most mean absolute difference there, in nats. None is 1e-4 in fp32 and 0.05 in bf16."""
+    verify_all_every: PositiveInt | None = None
+    """Every so many syncs, overwrite all of the engines' tensors and sync again, to prove that each is written. It is always
+    done before the first step. None: not again."""
+
+    @model_validator(mode="after")
+    def _disk(self) -> "SyncConfig":
+        if self.disk_dir is not None and self.transport != "disk":
+            raise ValueError(f"disk_dir is of use with transport: disk only, not {self.transport}. Fix: drop either")
+        return self
 
 
 class BenchmarkConfig(SourceConfig):
@@ -657,6 +757,9 @@ class RunConfig(Section):
     """Checkpoints to keep."""
     collective_timeout_s: PositiveFloat = 1800.0
     """Limit for a collective operation between ranks."""
+    stall_timeout_s: PositiveFloat = 600.0
+    """Time without any progress after which all ranks print what they are at, and end. What has a limit of its own (a request, a
+    part of a sync, a collective operation) gets that on top."""
     log_samples: Annotated[int, Field(ge=0)] = 3
     """Prompt, response and reward of so many samples a step, as text in TensorBoard."""
 

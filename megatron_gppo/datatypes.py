@@ -32,19 +32,22 @@ class Prompt:
     """One problem, rendered with the chat template."""
 
     row: int  # row in the data set, over all its files: identifies the prompt
-    token_ids: list[int]  # [P]
-    text: str  # what token_ids spell
+    token_ids: list[int] = field(repr=False)  # [P]
+    text: str = field(repr=False)  # what token_ids spell
     ground_truth: str
     data_source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What an engine generated for one prompt, exactly as it reported it."""
+    """What an engine generated for one prompt, exactly as it reported it.
 
-    token_ids: list[int]  # [L]; ends with EOS when finish_reason is "stop"
-    logprobs: list[float]  # [L]; of the temperature-scaled distribution, in nats
-    text: str
+    repr() leaves out what is long: asyncio.run() takes that of what its coroutine returned, a whole rollout, and drops it.
+    """
+
+    token_ids: list[int] = field(repr=False)  # [L]; ends with EOS when finish_reason is "stop"
+    logprobs: list[float] = field(repr=False)  # [L]; of the temperature-scaled distribution, in nats
+    text: str = field(repr=False)
     finish_reason: FinishReason
     policy_version: int  # version of the weights that generated it
 

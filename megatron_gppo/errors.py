@@ -4,13 +4,14 @@ from megatron_gppo.config import ConfigError
 from megatron_gppo.convert import ConvertError
 from megatron_gppo.data import DataError
 from megatron_gppo.evaluate import EvaluationError
+from megatron_gppo.job import JobError
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import RolloutError
 from megatron_gppo.rollout.reward_pool import RewardError
 from megatron_gppo.weight_sync import WeightSyncError
 
 MISTAKES = (ConfigError, ConvertError, DataError, RewardError)
-REPORTED = (*MISTAKES, EngineError, EvaluationError, RolloutError, WeightSyncError)
+REPORTED = (*MISTAKES, EngineError, EvaluationError, JobError, RolloutError, WeightSyncError)
 
 
 def exit_status(error: Exception) -> int:

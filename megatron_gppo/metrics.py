@@ -3,7 +3,7 @@
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,12 @@ TAGS: dict[str, str] = {
     "rollout/surplus_groups": "groups left out so that no update is cut short",
     "rollout/retried_requests": "requests to the engines that failed and were sent again",
     "rollout/timed_out_requests": "those among them that reached rollout.request_timeout_s",
+    "rollout/moved_requests": "requests that began anew on another engine, after theirs failed",
+    "rollout/malformed_answers": "answers of engines that cannot be used, such as log-probs that are NaN",
+    "rollout/lost_engines": "engines that died, hung or answered nonsense since the rollout before",
+    "rollout/restarted_engines": "engines that serve again, with the current weights, since the rollout before",
+    "rollout/serving_engines": "engines that serve, after the rollout",
+    "rollout/aborted_groups": "groups that over-sampling had begun and did not need",
     "policy/loss": "the loss, mean over the step's updates",
     "policy/entropy": "entropy of the policy in nats, mean over tokens",
     "policy/kl": "approximate KL to the policy before the step (ratio - 1 - log ratio), mean over tokens",
@@ -81,6 +87,8 @@ TAGS: dict[str, str] = {
     "engine/logprob_difference_mean": "mean |log-prob by the policy - log-prob by the engine| in nats, same weights",
     "engine/logprob_difference_max": "the largest of these",
     "engine/logprob_difference_bias": "their mean with sign, policy minus engine",
+    "engine/routing_difference": "share of the experts that the policy chooses for a probe's tokens and an engine does not, every "
+    "sync.verify_every steps; only with a mixture, and engines that have server_args.enable_return_routed_experts",
     "engine/importance_weight": "mean weight of the correction for the engine; only with algorithm.importance_correction",
     "engine/importance_corrected": "share of tokens whose weight was truncated or masked; likewise",
     "seconds/step": "the whole step",
@@ -148,15 +156,17 @@ SECONDS_PER_PROGRESS_LINE = 60.0  # where there is no terminal to draw a bar in
 
 
 class Phases:
-    """Seconds by phase, of one step: from the creation of this object on."""
+    """Seconds by phase, of one step: from the creation of this object on. on_enter hears of each phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_enter: Callable[[str], None] = lambda phase: None) -> None:
+        self._on_enter = on_enter
         self._start = time.perf_counter()
         self._phases: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Adds the seconds of the block to its phase."""
+        self._on_enter(phase)
         start = time.perf_counter()
         try:
             yield

@@ -13,6 +13,11 @@ class PeerFailed(RuntimeError):  # noqa: N818 - what happened, as ConnectionRefu
     """Another rank failed, and reports why. The message repeats it."""
 
 
+def is_of_communication(error: Exception) -> bool:
+    """Whether a collective failed, or the store, rather than this rank's own code. gloo has no class for its errors."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @dataclass(frozen=True, slots=True)
 class ParallelState:
     """Where this rank stands. A group of size 1 may be None."""

@@ -3,26 +3,11 @@
 import math
 from dataclasses import dataclass
 
-import torch
-
 from megatron_gppo.config import Config, ConfigError
 from megatron_gppo.convert import Architecture, ConvertError, parameters
+from megatron_gppo.memory import EngineMemory, StageMemory, engine_memory, stage_memory
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes that the policy's state takes on the rank that holds most of it; activations come on top."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    reference: int = 0  # in host memory, so not part of the total
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +23,13 @@ class Plan:
     longest_sample: int  # tokens: longest prompt that is let in, and longest response
     optimizer_steps: int
     num_parameters: int
-    num_parameters_per_rank: int  # of the rank that holds most
-    memory: Memory
+    stages: list[StageMemory]  # by pipeline stage: what each of its ranks holds
+    engine: EngineMemory | None  # of a managed engine
+
+    @property
+    def memory(self) -> StageMemory:
+        """Of the fullest rank."""
+        return max(self.stages, key=lambda stage: stage.total)
 
 
 def make_plan(config: Config, architecture: Architecture, world_size: int) -> Plan:
@@ -90,8 +80,9 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
             f"= {longest} tokens, more than max_position_embeddings = {architecture.max_position_embeddings} of the model. Fix: lower either"
         )
 
-    replicas = (dp * layout.cp, ranks_per_stage // layout.ep) if config.optimizer.distributed else (1, 1)
-    fullest = max((_parameters_of_stage(architecture, stage, config) for stage in range(layout.pp)), key=sum)
+    rounds = layout.pp if layout.vpp and layout.vpp > 1 else 1  # interleaved stages take micro-batches in rounds
+    num_microbatches = -(-samples_per_update // (dp * rounds)) * rounds  # each holds a sample, or fills the last round
+    num_parameters = sum(math.prod(parameter.shape) for parameter in parameters(architecture))
     return Plan(
         config=config,
         architecture=architecture,
@@ -101,31 +92,24 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
         samples_per_update=samples_per_update,
         longest_sample=longest,
         optimizer_steps=config.train.steps * config.updates_per_step,
-        num_parameters=sum(math.prod(parameter.shape) for parameter in parameters(architecture)),
-        num_parameters_per_rank=sum(fullest),
-        memory=_memory(fullest, replicas, config),
+        num_parameters=num_parameters,
+        stages=stage_memory(config, architecture, world_size=world_size, num_microbatches=num_microbatches),
+        engine=engine_memory(config, architecture, num_parameters) if config.rollout.mode == "managed" else None,
     )
 
 
 def render(plan: Plan) -> str:
     """The plan as text, for --dry-run and the start of a run."""
-    config, layout, memory = plan.config, plan.config.parallel, plan.memory
-    bf16 = config.model.dtype == "bf16"
+    config, layout = plan.config, plan.config.parallel
     tokens = plan.samples_per_update * plan.longest_sample
-    optimizer = "fp32 master weights and two moments" if bf16 else "two fp32 moments"
-    over = f"dp {plan.dp}" + (f" x cp {layout.cp}" if layout.cp > 1 else "")
-    sharded = f", sharded over {over}" if config.optimizer.distributed and plan.dp * layout.cp > 1 else ""
     pipeline = f", {layout.vpp} chunks a pipeline rank" if layout.vpp and layout.vpp > 1 else ""
     experts = f", experts shared out among {layout.ep}" if layout.ep > 1 else ""
     rows = [
         (
             "ranks",
-            f"{plan.world_size} = dp {plan.dp} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp}{pipeline}{experts}",
+            f"{plan.world_size:,} = dp {plan.dp} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp}{pipeline}{experts}",
         ),
-        (
-            "model",
-            f"{plan.architecture.name}, {plan.num_parameters:,} parameters; at most {plan.num_parameters_per_rank:,} on a rank",
-        ),
+        ("model", f"{plan.architecture.name}, {plan.num_parameters:,} parameters"),
         ("run", f"{config.train.steps:,} steps, {plan.optimizer_steps:,} optimizer steps"),
         (
             "step",
@@ -141,54 +125,59 @@ def render(plan: Plan) -> str:
             "micro-batch",
             f"at most {config.train.tokens_per_microbatch:,} tokens; the longest sample has {plan.longest_sample:,}",
         ),
-        (
-            "memory",
-            f"{memory.total / GIB:.2f} GiB on the fullest rank: weights {memory.weights / GIB:.2f} ({config.model.dtype}), "
-            f"gradients {memory.gradients / GIB:.2f} (fp32), optimizer {memory.optimizer / GIB:.2f} ({optimizer}{sharded})",
-        ),
-        ("", "not counted: activations, communication buffers, the allocator's waste, and an engine on the same GPU"),
+        *_memory_rows(plan),
     ]
-    if memory.reference:
-        rows.append(
-            (
-                "reference",
-                f"{memory.reference / GIB:.2f} GiB more on that rank, in host memory: the initial weights ({config.model.dtype}), "
-                "for algorithm.kl_coef > 0",
-            )
-        )
     return "\n".join(f"{name:<13}{text}" for name, text in rows)
 
 
-def _parameters_of_stage(architecture: Architecture, stage: int, config: Config) -> tuple[int, int]:
-    """Parameters on one rank of a pipeline stage, and of its experts. Interleaving changes which layers a stage has, not how many."""
-    tp, pp = config.parallel.tp, config.parallel.pp
-    layers_per_stage = architecture.num_layers // pp
-    count = experts = 0
-    for parameter in parameters(architecture):
-        size = parameter.shard(torch.empty(parameter.shape, device="meta"), 0, tp).numel()
-        if parameter.expert is not None:
-            experts += size * (int(parameter.name.split(".")[2]) // layers_per_stage == stage)
-        elif parameter.name.startswith("decoder.layers."):
-            count += size * (int(parameter.name.split(".")[2]) // layers_per_stage == stage)
-        elif parameter.name.startswith("embedding."):
-            copied = architecture.tied_embeddings and stage == pp - 1  # as the output layer
-            count += size * (stage == 0 or copied)
-        else:
-            count += size * (stage == pp - 1)
-    return count, experts // config.parallel.ep
+def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
+    config, layout = plan.config, plan.config.parallel
+    optimizer = "fp32 master weights and two moments" if config.model.dtype == "bf16" else "two fp32 moments"
+    over = f"dp {plan.dp}" + (f" x cp {layout.cp}" if layout.cp > 1 else "")
+    sharded = f", sharded over {over}" if config.optimizer.distributed and plan.dp * layout.cp > 1 else ""
+    if sharded and layout.ep > 1:
+        sharded += f", experts' over {plan.world_size // (layout.pp * layout.ep)}"
+    titles = ("stage", "parameters", "weights", "gradients", "optimizer", "activations", "working", "GiB a rank")
+    table: list[tuple[str, ...]] = [titles]
+    for number, stage in enumerate(plan.stages):
+        sizes = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.working, stage.total)
+        table.append((str(number), f"{stage.parameters:,}", *(f"{size / GIB:.2f}" for size in sizes)))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+    rows = list(zip(["memory", *[""] * len(plan.stages)], lines, strict=True))
+    rows += [
+        ("", f"weights in {config.model.dtype}, gradients in fp32; optimizer: {optimizer}{sharded}"),
+        (
+            "",
+            f"activations of full micro-batches, recompute: {config.train.recompute}; formulas in megatron_gppo/memory.py",
+        ),
+        (
+            "",
+            "not counted: CUDA's context, communication buffers, the allocator's waste, and an engine on the same GPU",
+        ),
+    ]
+    if plan.memory.reference:
+        rows.append(
+            (
+                "reference",
+                f"{plan.memory.reference / GIB:.2f} GiB more on the fullest rank, in host memory: the initial weights "
+                f"({config.model.dtype}), for algorithm.kl_coef > 0",
+            )
+        )
+    if plan.engine is not None:
+        rows.append(
+            (
+                "engine",
+                f"{plan.engine.weights / GIB:.2f} GiB of weights on each of rollout.engine_tp = {config.rollout.engine_tp} GPUs, and "
+                f"{plan.engine.cache_per_token / 1024:.1f} KiB a token in the cache: {plan.longest_sample * plan.engine.cache_per_token / GIB:.2f} GiB "
+                "for the longest sample",
+            )
+        )
+    return rows
 
 
-def _memory(num_parameters: tuple[int, int], replicas: tuple[int, int], config: Config) -> Memory:
-    """Gradients are reduced in fp32. The optimizer holds Adam's two moments in fp32 and, for bf16 weights, fp32 masters.
-
-    Parameters, and the replicas that the optimizer's state is sharded over, are given apart for experts.
-    """
-    bf16 = config.model.dtype == "bf16"
-    sharded = sum(-(-count // copies) for count, copies in zip(num_parameters, replicas, strict=True))
-    weights = sum(num_parameters) * (2 if bf16 else 4)
-    return Memory(
-        weights=weights,
-        gradients=sum(num_parameters) * 4,
-        optimizer=sharded * (12 if bf16 else 8),
-        reference=weights if config.algorithm.kl_coef > 0 else 0,
-    )
+def render_built(plan: Plan, built: list[int]) -> str:
+    """What --dry-run says when Megatron has built the layout with these numbers of parameters, by stage."""
+    planned = [stage.parameters for stage in plan.stages]
+    assert built == planned, f"Megatron built stages of {built} parameters, the plan says {planned}"
+    return f"{'builds':<13}Megatron's model of every stage, on the meta device as one of {plan.world_size:,} ranks: parameters as above"

@@ -1,8 +1,11 @@
 """What a run works with, and how it comes to have it: the run folder, engines, rewards, the policy's weights."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+
+import torch
 
 from megatron_gppo.config import Config, ConfigError, dump_config
 from megatron_gppo.convert import Architecture, convert_hf_to_megatron
@@ -13,17 +16,19 @@ from megatron_gppo.evaluate.training import TrainingEvaluations
 from megatron_gppo.metrics import MetricsLogger
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.policy import Policy, Progress, checkpoint
-from megatron_gppo.rollout.engine import Engine
 from megatron_gppo.rollout.generate import EngineRollouts, RolloutSource
+from megatron_gppo.rollout.launch import launched_engines, launched_node_engines
+from megatron_gppo.rollout.placement import Node
+from megatron_gppo.rollout.pool import EnginePool
 from megatron_gppo.rollout.record import RecordingRollouts, ReplayRollouts
 from megatron_gppo.rollout.rewards import OverlongPenalty, Rewards
-from megatron_gppo.rollout.server import launched_engines
 from megatron_gppo.training_prompts import (
     check_unchanged,
     load_training_prompts,
     without_unreadable_answers,
     write_decontamination_report,
 )
+from megatron_gppo.watchdog import Watchdog
 from megatron_gppo.weight_sync import WeightSync
 
 # In run.dir:
@@ -39,10 +44,19 @@ class Run:
     parallel: ParallelState
     policy: Policy
     sync: WeightSync | None  # None in replay: there is no engine
-    rollouts: RolloutSource | None  # rank 0 only, like the two below
+    rollouts: RolloutSource | None  # rank 0 only, like all below
     prompts: PromptStream | None  # None in replay, too
     logger: MetricsLogger | None
+    watchdog: Watchdog
     evaluations: TrainingEvaluations | None = None  # None in replay, too
+    engines: EnginePool | None = None  # likewise
+
+    def if_colocated(self, action: Callable[[EnginePool], None]) -> None:
+        """Collective: where engines share the ranks' GPUs, has it done before any rank goes on."""
+        if self.config.rollout.placement == "colocated" and self.sync is not None:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what this rank does not use now is for the engines
+            self.parallel.from_rank_0(lambda: action(self.engines) if self.engines is not None else None)
 
     def cancel(self) -> None:
         """Ends generation, now and later, soon. Safe to call from a signal handler."""
@@ -58,7 +72,7 @@ class Services:
     prompts: PromptSet
     benchmarks: Sequence[Benchmark]
     rewards: Rewards
-    wait_for_engines: Callable[[], list[Engine]]
+    engines: EnginePool
 
 
 def start_services(config: Config, architecture: Architecture, stack: ExitStack) -> Services | None:
@@ -75,12 +89,18 @@ def start_services(config: Config, architecture: Architecture, stack: ExitStack)
         write_decontamination_report(config.run.dir, contaminated)
     rewards = Rewards(config.reward)
     stack.callback(rewards.close)
-    wait_for_engines = stack.enter_context(launched_engines(config, config.run.dir / "engine.log"))
+    engines = stack.enter_context(launched_engines(config))
     prompts = without_unreadable_answers(prompts, rewards, config)  # while the engines start
     if (summary := prompts.summary()) is not None:
         print(f"data.train: {summary}")
     check_unchanged(prompts, config, resuming=checkpoint.newest(config.run.dir / CHECKPOINTS) is not None)
-    return Services(prompts, benchmarks, rewards, wait_for_engines)
+    return Services(prompts, benchmarks, rewards, engines)
+
+
+def start_node_engines(config: Config, stack: ExitStack) -> None:
+    """The first rank of each further node starts the node's engines, which end with the stack; other ranks nothing."""
+    if os.environ["LOCAL_RANK"] == "0" and Node.here().index > 0:
+        stack.enter_context(launched_node_engines(config))
 
 
 def prepare_run_folder(config: Config, architecture: Architecture) -> None:
@@ -101,6 +121,21 @@ def prepare_run_folder(config: Config, architecture: Architecture) -> None:
             checkpoint.check_model(config.model.checkpoint, architecture)
         elif not (folder / CONVERTED).exists():
             convert_hf_to_megatron(config.model.hf_path, folder / CONVERTED)
+
+
+def build_policy(
+    config: Config, architecture: Architecture, parallel: ParallelState, watchdog: Watchdog
+) -> tuple[Policy, Progress]:
+    """The policy as the run left it, or as it starts."""
+    watchdog.enter("build")
+
+    def on_microbatch() -> None:
+        for phase in ("score", "train"):
+            watchdog.progress(phase)
+
+    policy = Policy(config, architecture, parallel, on_microbatch)
+    watchdog.enter("load")
+    return policy, restore(config, parallel, policy)
 
 
 def restore(config: Config, parallel: ParallelState, policy: Policy) -> Progress:
@@ -125,33 +160,31 @@ def connect(
     policy: Policy,
     progress: Progress,
     services: Services | None,
+    watchdog: Watchdog,
     stack: ExitStack,
 ) -> Run:
     """Gives the engines the policy's weights, and proves that they arrived, before the first step."""
+    watchdog.enter("start", "waiting for the engines")
     logger = None
     if parallel.rank == 0:
         logger = MetricsLogger(config.run.dir, first_step=progress.step + 1, num_steps=config.train.steps)
         stack.enter_context(logger)
     if config.rollout.replay is not None:
         replay = ReplayRollouts(config.rollout.replay) if parallel.rank == 0 else None
-        return Run(config, parallel, policy, None, replay, None, logger)
+        return Run(config, parallel, policy, None, replay, None, logger, watchdog)
 
-    engines: list[Engine] = []
-
-    def wait_for_engines() -> list[str]:
-        assert services is not None
-        engines.extend(services.wait_for_engines())
-        return [engine.url for engine in engines]
-
-    sync = WeightSync(config, policy.architecture, parallel, parallel.from_rank_0(wait_for_engines))
+    engines = services.engines if services is not None else None
+    parallel.from_rank_0(lambda: engines.wait_ready() if engines is not None else None)
+    sync = WeightSync(config, policy.architecture, parallel, engines)
     stack.callback(sync.close)
+    watchdog.enter("sync", "the first")
     untouched = config.rollout.mode == "managed" and config.model.checkpoint is None and progress.step == 0
     sync.verify_start(policy.shards(), progress.step, engines_hold_policy=untouched)
     # What the engines compute from now on is what the policy computes, whatever they had loaded before.
     token_ids = parallel.from_rank_0(lambda: services.prompts.prompts[0].token_ids if services is not None else [])
     sync.verify_probe(token_ids, policy.sequence_logprobs(token_ids))
-    if services is None or logger is None:
-        return Run(config, parallel, policy, sync, None, None, None)
+    if services is None or engines is None or logger is None:
+        return Run(config, parallel, policy, sync, None, None, None, watchdog)
 
     prompts = PromptStream(
         services.prompts.prompts,
@@ -169,15 +202,29 @@ def connect(
         prompts,
         shaped,
         prompts_per_update=config.train.prompts_per_update,
-        on_progress=logger.on_progress,
+        on_progress=both(logger.on_progress, watchdog.reporting("rollout")),
     )
     if config.rollout.record is not None:
         rollouts = RecordingRollouts(rollouts, config.rollout.record)
     evaluations = None
     if config.eval.every is not None:
         evaluator = Evaluator(config.rollout, config.reward, engines, judge, services.benchmarks)
-        evaluations = TrainingEvaluations(config, evaluator, log_evaluation(logger), step=progress.step)
-    return Run(config, parallel, policy, sync, rollouts, prompts, logger, evaluations)
+        evaluations = TrainingEvaluations(
+            config,
+            evaluator,
+            log_evaluation(logger),
+            step=progress.step,
+            on_progress=watchdog.reporting("evaluation"),
+        )
+    return Run(config, parallel, policy, sync, rollouts, prompts, logger, watchdog, evaluations, engines)
+
+
+def both(first: Callable[[int, int], None], second: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def call(done: int, wanted: int) -> None:
+        first(done, wanted)
+        second(done, wanted)
+
+    return call
 
 
 def log_evaluation(logger: MetricsLogger) -> Callable[[int, Report], None]:

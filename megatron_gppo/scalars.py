@@ -20,6 +20,12 @@ EVENTS = {
     "surplus_groups": "rollout/surplus_groups",
     "retried_requests": "rollout/retried_requests",
     "timed_out_requests": "rollout/timed_out_requests",
+    "moved_requests": "rollout/moved_requests",
+    "malformed_answers": "rollout/malformed_answers",
+    "lost_engines": "rollout/lost_engines",
+    "restarted_engines": "rollout/restarted_engines",
+    "serving_engines": "rollout/serving_engines",
+    "aborted_groups": "rollout/aborted_groups",
 }
 
 

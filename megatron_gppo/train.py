@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 from megatron_gppo import entropy_trace
 from megatron_gppo.algorithm import after_step, samples_from_groups, values_in_force
@@ -21,36 +22,42 @@ from megatron_gppo.errors import MISTAKES, REPORTED, exit_status
 from megatron_gppo.evaluate import EvaluationError
 from megatron_gppo.evaluate.training import evaluate_if_due, is_complete
 from megatron_gppo.interrupts import Interrupts
+from megatron_gppo.job import join_job
 from megatron_gppo.metrics import Phases
 from megatron_gppo.packing import pack_updates
 from megatron_gppo.parallel import PeerFailed
-from megatron_gppo.plan import make_plan, render
+from megatron_gppo.plan import make_plan, render, render_built
 from megatron_gppo.policy import (
+    BuildError,
     CheckpointError,
-    Policy,
     Progress,
     checkpoint,
     initialize_distributed,
     initialize_model_parallel,
+    parameters_built,
     shut_down,
 )
+from megatron_gppo.rollout.dispatch import EnginesNeedWeights
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import RolloutCancelled, RolloutError
+from megatron_gppo.rollout.pool import EnginePool
 from megatron_gppo.rollout.reward_pool import RewardError
-from megatron_gppo.run import CHECKPOINTS, Run, connect, restore, start_services
+from megatron_gppo.run import CHECKPOINTS, Run, build_policy, connect, start_node_engines, start_services
 from megatron_gppo.scalars import in_force_scalars, sample_texts, step_histograms, step_scalars
+from megatron_gppo.watchdog import PeerGone, Watchdog
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
 
 
 def train_step(run: Run, done: Progress) -> Progress | None:
     """One rollout batch: generate, score, update, sync, save, log. None if it was cancelled while generating."""
-    config, policy, parallel, phases = run.config, run.policy, run.parallel, Phases()
+    config, policy, parallel, phases = run.config, run.policy, run.parallel, Phases(run.watchdog.enter)
     step = done.step + 1
 
     with phases("rollout"), saved_if_engines_fail(run, done):  # judged groups on rank 0, samples everywhere
         rollout, samples = generate(run, step)
-    if samples is None:
-        return None
+        if samples is None:
+            return None
+        run.if_colocated(EnginePool.release_memory)
 
     with phases("score"):  # this rank's packed micro-batches, with the log-probs of the policy as it is now
         updates = pack_updates(
@@ -77,18 +84,24 @@ def train_step(run: Run, done: Progress) -> Progress | None:
         entropy_control=after_step(config.algorithm, done.entropy_control, step, stats),
     )
 
+    routing: dict[str, float] = {}
     with phases("sync"), saved_if_engines_fail(run, progress):
         if run.sync is not None:
+            run.if_colocated(EnginePool.resume_weights)
             run.sync.sync(policy.shards(), version=step)
+            run.if_colocated(EnginePool.resume_kv_cache)
             if step % config.sync.verify_every == 0:
-                probe(run, run.sync, samples[0])
+                routing = probe(run, run.sync, samples[0])
 
     with phases("checkpoint"):
         if step % config.run.save_every == 0 or step == config.train.steps:
             save(run, progress)
 
+    run.watchdog.enter("log")
     if run.logger is not None and rollout is not None:
-        scalars = step_scalars(rollout, stats, progress.entropy_trace, phases.seconds) | in_force_scalars(in_force)
+        scalars = (
+            step_scalars(rollout, stats, progress.entropy_trace, phases.seconds) | in_force_scalars(in_force) | routing
+        )
         texts = sample_texts(rollout, config.run.log_samples)
         run.logger.log_step(step, scalars, texts, step_histograms(stats))
         warn_of_drift(config, step, worst, rollout)
@@ -96,35 +109,57 @@ def train_step(run: Run, done: Progress) -> Progress | None:
 
 
 def generate(run: Run, step: int) -> tuple[Rollout | None, list[Sample] | None]:
-    """The step's rollout on rank 0, and its samples on every rank; (None, None) if the user cancelled it."""
+    """The step's rollout on rank 0, and its samples on every rank; (None, None) if the user cancelled it.
+
+    When none but restarted engines are left, all ranks give them the weights, and it goes on.
+    """
     rollout: Rollout | None = None
 
-    def samples_of_rollout() -> list[Sample] | None:
+    def samples_of_rollout() -> list[Sample] | Literal["engines need weights"] | None:
         nonlocal rollout
         assert run.rollouts is not None
         try:
             rollout = run.rollouts.next(step, policy_version=step - 1)
         except RolloutCancelled:
             return None
+        except EnginesNeedWeights:
+            return "engines need weights"
         config = run.config
         return samples_from_groups(
             rollout.groups, advantage=config.algorithm.advantage, mask_truncated=config.train.mask_truncated
         )
 
-    samples = run.parallel.from_rank_0(samples_of_rollout)
+    while (samples := run.parallel.from_rank_0(samples_of_rollout)) == "engines need weights":
+        sync_again(run, version=step - 1)
     return rollout, samples
+
+
+def sync_again(run: Run, version: int) -> None:
+    """Gives the weights of a step that is done to engines that came back since."""
+    assert run.sync is not None
+    run.sync.sync(run.policy.shards(), version)
 
 
 def evaluate(run: Run, progress: Progress) -> None:
     """What eval.every asks for at this step. After an interruption it goes on where it stopped."""
+    run.watchdog.enter("evaluation")
     with saved_if_engines_fail(run, progress):
-        evaluate_if_due(run.config, run.parallel, run.evaluations, progress.step)
+        step = progress.step
+        evaluate_if_due(run.config, run.parallel, run.evaluations, step, lambda: sync_again(run, version=step))
 
 
-def probe(run: Run, sync: WeightSync, sample: Sample) -> None:
-    """Compares log-probs of one sample between policy and engines. Raises WeightSyncError if they differ."""
+def probe(run: Run, sync: WeightSync, sample: Sample) -> dict[str, float]:
+    """Compares log-probs of one sample between policy and engines. Raises WeightSyncError if they differ.
+
+    Returns the scalars of a mixture: how far they differ in the experts that they choose.
+    """
     token_ids = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
-    sync.verify_probe(token_ids, run.policy.sequence_logprobs(token_ids))
+    with run.policy.chosen_experts() as chosen:
+        logprobs = run.policy.sequence_logprobs(token_ids)
+    sync.verify_probe(token_ids, logprobs)
+    experts = chosen.gather(len(token_ids))
+    difference = None if experts is None else sync.routing_difference(token_ids, experts)
+    return {} if difference is None else {"engine/routing_difference": difference}
 
 
 def warn_of_drift(config: Config, step: int, worst: WorstSample | None, rollout: Rollout) -> None:
@@ -142,7 +177,8 @@ def saved_if_engines_fail(run: Run, progress: Progress) -> Iterator[None]:
     """Saves what is done before such a failure, which all ranks see at the same point, ends the run."""
     try:
         yield
-    except (EngineError, EvaluationError, RolloutError, RewardError, WeightSyncError, PeerFailed):
+    except (EngineError, EvaluationError, RolloutError, RewardError, WeightSyncError, PeerFailed) as error:
+        run.watchdog.enter("checkpoint", f"after {error}")
         save(run, progress)
         raise
 
@@ -164,23 +200,32 @@ def train(config: Config, architecture: Architecture) -> signal.Signals | None:
     with ExitStack() as stack:
         # First what can fail, and what takes long to start: no GPU is held meanwhile.
         services = start_services(config, architecture, stack) if os.environ["RANK"] == "0" else None
-        initialize_distributed(config)
+        start_node_engines(config, stack)
+        job = join_job(config)
+        watchdog = stack.enter_context(Watchdog(config, job))
         stack.callback(shut_down)
-        parallel = initialize_model_parallel(config)
-        policy = Policy(config, architecture, parallel)
-        progress = restore(config, parallel, policy)
-        run = connect(config, parallel, policy, progress, services, stack)
+        with watchdog.naming_failures():
+            initialize_distributed(config, job)
+            parallel = initialize_model_parallel(config)
+            policy, progress = build_policy(config, architecture, parallel, watchdog)
+            run = connect(config, parallel, policy, progress, services, watchdog, stack)
+        return train_steps(run, progress)
 
-        with Interrupts(run.cancel) as interrupts:
-            evaluate(run, progress)
-            while (signum := first_request(run, interrupts)) is None and progress.step < config.train.steps:
-                advanced = train_step(run, progress)
-                if advanced is not None:
-                    progress = advanced
-                    evaluate(run, progress)
-            if signum is not None:
-                save(run, progress)
-            return signum
+
+def train_steps(run: Run, progress: Progress) -> signal.Signals | None:
+    """The steps that are left. Returns as train does."""
+    # Failures are named inside: torchrun sends SIGTERM as soon as it sees that a rank is gone.
+    with Interrupts(run.cancel) as interrupts, run.watchdog.naming_failures():
+        evaluate(run, progress)
+        while (signum := first_request(run, interrupts)) is None and progress.step < run.config.train.steps:
+            advanced = train_step(run, progress)
+            if advanced is not None:
+                progress = advanced
+                evaluate(run, progress)
+        if signum is not None:
+            run.watchdog.enter("checkpoint", f"after {signum.name}")
+            save(run, progress)
+        return signum
 
 
 def first_request(run: Run, interrupts: Interrupts) -> signal.Signals | None:
@@ -205,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(render(plan), flush=True)
         if options.dry_run:
+            print(render_built(plan, parameters_built(config, world_size)))
             return 0
         found = checkpoint.newest(config.run.dir / CHECKPOINTS)
         if (
@@ -222,12 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "--config FILE, or megatron-gppo train --config FILE"
             )
         ended_by = train(config, architecture)
-    except (*REPORTED, CheckpointError) as error:
+    except (*REPORTED, BuildError, CheckpointError) as error:
         # Mistakes are found by every rank alike.
         if rank == 0 or not isinstance(error, MISTAKES):
             print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
-    except PeerFailed:  # the peer says why
+    except (PeerFailed, PeerGone):  # the peer says why; or said already
         return 1
     except KeyboardInterrupt:  # before the first step, or a second time
         return 128 + signal.SIGINT

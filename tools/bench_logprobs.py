@@ -2,10 +2,13 @@
 
     python tools/bench_logprobs.py                                       # on a CPU with 24 GB about ten minutes
     python tools/bench_logprobs.py --cases 16384,151936,1536,bf16        # tokens, vocabulary, hidden size, dtype[, threads]
+    python tools/bench_logprobs.py --cases 1024,32768,1536,fp32,1        # seconds of CPU, for a machine that is not quiet
 
-Without --cases: on CUDA every size that the README names; on a CPU those up to 4,096 tokens, and one of one thread.
+Without --cases: on CUDA every size that the README names; on a CPU those up to 4,096 tokens, and one of one thread. bf16 on
+a CPU without instructions for it takes the rows other than ours minutes, so that its cases have to be small there.
 
-Times are medians over repeats in which the rows take turns, so that a disturbance meets them all. A row's peak memory is
+Times are medians over repeats in which the rows take turns, so that a disturbance meets them all. With one thread they are
+seconds of CPU, which other processes hardly change; with more, and on CUDA, of the wall's clock. A row's peak memory is
 measured in a process of its own: what was resident (CPU) or allocated (CUDA) at most, less what was before, and for the
 backward less the two returned gradients.
 """
@@ -179,6 +182,14 @@ def measure_times(case: Case, methods: Sequence[str], repeats: int, budget_s: fl
 
 def _time_matmuls(hidden: Tensor, weight: Tensor) -> tuple[float, float]:
     """Seconds of the four unavoidable products, as Times has them."""
+    as_linear, fastest = _time_products(hidden, weight)
+    if hidden.dtype == torch.bfloat16 and not ON_CUDA:
+        # A CPU without instructions for bf16 is faster in fp32.
+        fastest = min(fastest, _time_products(hidden.float(), weight.float())[1])
+    return as_linear, fastest
+
+
+def _time_products(hidden: Tensor, weight: Tensor) -> tuple[float, float]:
     grad = hidden.new_ones(len(hidden), len(weight))
     grad_hidden, grad_weight = torch.ones_like(hidden), torch.ones_like(weight)  # memory whose pages are there
     of_logits = min(_seconds(torch.mm, hidden, weight.t(), grad) for _ in range(2))
@@ -199,6 +210,8 @@ def _seconds(product: Callable[..., Tensor], left: Tensor, right: Tensor, out: T
 def _now() -> float:
     if ON_CUDA:
         torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -327,6 +340,21 @@ def print_table(case: Case, rows: dict[str, Row]) -> None:
     _print_lines([head, *lines])
 
 
+def print_memory(cases: Sequence[Case]) -> None:
+    """Of linear_logprobs_and_entropy."""
+    head = ["", "forward MiB", "both MiB", "/ fp32 [T, V]"]
+    lines = []
+    for case in cases:
+        peak = _in_new_process(measure_memory, case, "linear_logprobs_and_entropy")
+        cells = [
+            f"{peak.forward / MIB:,.0f}",
+            f"{peak.backward / MIB:,.0f}",
+            f"{peak.backward / case.logits_bytes:.3f}",
+        ]
+        lines.append([str(case), *cells])
+    _print_lines([head, *lines])
+
+
 def print_growth(results: dict[Case, dict[str, Row]]) -> None:
     """Seconds and MiB of both passes by size, so that columns show the growth with T and V."""
     groups: dict[tuple[Any, ...], list[Case]] = {}
@@ -365,10 +393,14 @@ def _print_lines(lines: list[list[str]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", type=_case, default=default_cases(), metavar="T,V,H,DTYPE[,THREADS]")
+    parser.add_argument("--memory", action="store_true", help="only that of linear_logprobs_and_entropy, no times")
     parser.add_argument("--repeats", type=int, default=3, help="of each time, when the budget allows")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="no repeat of a case starts later")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if ON_CUDA else _cpu_name()}")
+    if arguments.memory:
+        print_memory(arguments.cases)
+        return 0
     results = {}
     for case in arguments.cases:
         results[case] = run_case(case, arguments.repeats, arguments.budget)

@@ -24,7 +24,7 @@ from examples.entropy_study.report import report
 from examples.quickstart.phases import ENVIRONMENT, STOP_TIMEOUT_S, PhaseError, Phases, interrupt_on_signals
 from megatron_gppo.config import ConfigError, load_config
 from megatron_gppo.rollout.engine import EngineError
-from megatron_gppo.rollout.server import launched_engines
+from megatron_gppo.rollout.server import ManagedServer
 
 CONFIG = Path("examples/entropy_study/config.yaml")
 FOLDER = Path("runs/entropy_study")
@@ -88,10 +88,12 @@ def study(folder: Path, *, steps: int, seeds: int, lanes: int) -> None:
     if waiting := [run for run in runs if not run.done]:
         console.rule(f"[bold]Train {len(waiting)} of {len(runs)} runs, {lanes} at a time", align="left")
         with ExitStack() as stack:
-            launches = [
-                stack.enter_context(launched_engines(config, folder / f"engine_{lane}.log")) for lane in range(lanes)
+            engines = [
+                stack.enter_context(ManagedServer(config, folder / f"engine_{lane}.log")) for lane in range(lanes)
             ]
-            asyncio.run(train_all(waiting, [wait()[0].url for wait in launches]))
+            for engine in engines:
+                engine.wait_ready()
+            asyncio.run(train_all(waiting, [engine.url for engine in engines]))
     folders = {label: [run_dir(folder, label, seed) for seed in range(seeds)] for label in VARIANTS}
     table = report(folders, folder)
     console.print(Markdown(table))
@@ -155,7 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.entropy_study.run", description="Run the entropy study.")
     parser.add_argument("--dir", type=Path, default=FOLDER, help="folder of the study (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="8 steps and one seed, to see that everything works")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (%(default)s)")
     parser.add_argument(
         "--lanes", type=int, default=cores, help="runs at a time: trainer and engine take turns on a core (%(default)s)"

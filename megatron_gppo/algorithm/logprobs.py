@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_gppo.algorithm.output_layer import HiddenGradient, TileLogits, WeightGradient, centre_of
+from megatron_gppo.algorithm.output_layer import (
+    HiddenGradient,
+    TileLogits,
+    WeightGradient,
+    WeightTiles,
+    centre_of,
+    operand_of,
+)
 from megatron_gppo.algorithm.softmax import LogitGradient, Softmax, SoftmaxSums
 from megatron_gppo.algorithm.vocabulary import VocabularyShard, vocabulary_shard
 
@@ -37,8 +44,9 @@ def linear_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target, and entropy, of softmax(hidden @ weight.T / temperature).
 
-    Beside the inputs, O(T) is kept for the backward. The working memory is one tile, [T, 4096] of the inputs' dtype, on
-    CUDA also in fp32, and two to four times [T, H].
+    Beside the inputs, O(T) is kept for the backward. The working memory is one tile, [T, 4096] of the inputs' dtype, and two
+    to four times [T, H]. For bf16 on CUDA, the tile also in fp32; on a CPU without instructions for bf16, all of it in fp32,
+    and twice [4096, H].
 
     Args:
         hidden: [T, H] fp32 or bf16; [T/TP, H], the rank's share of the tokens, when sequence_parallel.
@@ -130,13 +138,14 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy_requires_grad: bool,
         main_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        gathered = _gather_tokens(hidden, gather_group)
-        centre = centre_of(gathered, weight, targets, shard, temperature)
+        operand = operand_of(_gather_tokens(hidden, gather_group))
+        centre = centre_of(operand, weight, targets, shard, temperature)
         centre_values = None if centre is None else centre.values
         sums = SoftmaxSums(targets, shard, temperature, with_entropy=with_entropy, centre=centre)
-        logits = TileLogits(gathered, weight, centre_values)
+        weight_tiles = WeightTiles(weight, operand.dtype)
+        logits = TileLogits(operand, len(weight), centre_values)
         for columns in shard.tiles():
-            sums.add(logits(columns), columns)
+            sums.add(logits(weight_tiles(columns)), columns)
         softmax = sums.over_ranks()
         ctx.save_for_backward(hidden, weight, targets, centre_values, *softmax.kept(entropy_requires_grad))
         ctx.shard, ctx.gather_group, ctx.temperature, ctx.main_grad = shard, gather_group, temperature, main_grad
@@ -150,22 +159,23 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, targets, centre, *kept = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         shard, softmax = ctx.shard, Softmax(*kept)
-        gathered = _gather_tokens(hidden, ctx.gather_group)
+        operand = operand_of(_gather_tokens(hidden, ctx.gather_group))
         gradient = LogitGradient(softmax, targets, shard, ctx.temperature, grad_logprobs, grad_entropy, centre=centre)
-        of_hidden = None
-        if needs_hidden:
-            of_hidden = HiddenGradient(weight, targets, gradient.of_targets, shard)
-        of_weight = WeightGradient(gathered, weight, shard, ctx.main_grad) if needs_weight else None
-        logits = TileLogits(gathered, weight, centre)
+        of_hidden = HiddenGradient(weight, targets, gradient.of_targets, shard) if needs_hidden else None
+        of_weight = WeightGradient(operand, weight, shard, ctx.main_grad) if needs_weight else None
+        weight_tiles = WeightTiles(weight, operand.dtype)
+        logits = TileLogits(operand, len(weight), centre)
         for columns in shard.tiles():
-            tile = logits(columns)
-            grad = tile if tile.dtype == weight.dtype else torch.empty_like(tile, dtype=weight.dtype)
+            weight_tile = weight_tiles(columns)
+            tile = logits(weight_tile)
+            grad = tile if tile.dtype == operand.dtype else torch.empty_like(tile, dtype=operand.dtype)
             gradient.write(tile, columns, out=grad)
             if of_hidden is not None:
-                of_hidden.add(grad, columns)
+                of_hidden.add(grad, weight_tile)
             if of_weight is not None:
                 gradient.write_targets(columns, out=grad)
                 of_weight.add(grad, columns)
+            del grad  # or it would exist beside the next one
         grad_hidden = None
         if of_hidden is not None:
             grad_hidden = _sum_over_ranks(of_hidden.sum, shard.group, ctx.gather_group).to(hidden.dtype)

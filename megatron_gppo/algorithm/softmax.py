@@ -18,6 +18,8 @@ from torch import Tensor
 from megatron_gppo.algorithm.tile_passes import LOWEST_SHIFTED_LOGIT, exponentiate_tile, sum_tile
 from megatron_gppo.algorithm.vocabulary import VocabularyShard
 
+LARGEST_CORRECTION = 16.0
+
 
 @dataclass(frozen=True, slots=True)
 class Softmax:
@@ -68,6 +70,9 @@ class SoftmaxSums:
         if self._centre is not None:
             centre = self._centre.values / self._temperature
             unrounded = self._centre.target_logit / self._temperature - centre
+            # A logit that rounding moves this far stays rounded: e^(unrounded - m) could overflow, or leave a sum of 0.
+            is_near = (unrounded - target_logit).abs() < LARGEST_CORRECTION
+            unrounded = torch.where(is_near, unrounded, target_logit)
             change = _summands(unrounded - sums[0]) - _summands(target_logit - sums[0])
             sums[1:] += torch.where(is_inside, change, 0.0)
             sums[0] += centre

@@ -48,15 +48,12 @@ def write_weights(
     for file, shard in zip(files, shards, strict=True):
         _write_file(folder / file, shard, dtype, tensors)
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-        }
         with DurableFile(folder / INDEX_FILE) as index_file:
-            index_file.write((json.dumps(index, indent=2) + "\n").encode())
+            index_file.write(weights_index(dict(zip(files, shards, strict=True)), dtype))
 
 
-def _write_file(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
+def safetensors_header(shapes: Mapping[str, Shape], dtype: torch.dtype) -> bytes:
+    """What a file begins with; then come the tensors' bytes, in the order of `shapes`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -64,8 +61,22 @@ def _write_file(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, ten
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the tensors start aligned
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def weights_index(files: Mapping[str, Mapping[str, Shape]], dtype: torch.dtype) -> bytes:
+    """The index of a folder with several files, from the tensors in each."""
+    shapes = [shape for file in files.values() for shape in file.values()]
+    index = {
+        "metadata": {"total_size": sum(math.prod(shape) for shape in shapes) * dtype.itemsize},
+        "weight_map": {name: file for file, shard in files.items() for name in shard},
+    }
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _write_file(path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
     with DurableFile(path) as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(safetensors_header(shapes, dtype))
         for shape in shapes.values():
             missing = math.prod(shape)
             while missing:

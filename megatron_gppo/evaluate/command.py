@@ -20,8 +20,8 @@ from megatron_gppo.evaluate.compare import compare_reports, comparison_table
 from megatron_gppo.evaluate.evaluator import Evaluator
 from megatron_gppo.evaluate.report import MARKDOWN, REPORT, Report, console_table, read_report
 from megatron_gppo.rollout.engine import Engine
+from megatron_gppo.rollout.launch import launched_engines
 from megatron_gppo.rollout.rewards import Rewards
-from megatron_gppo.rollout.server import launched_engines
 
 HASH_CHARACTERS = 8
 
@@ -47,12 +47,14 @@ def run_evaluation(config: Config, checkpoint: Path | None = None) -> Report:
             config = stack.enter_context(_exported(config, checkpoint, console))
         rewards = Rewards(config.reward)
         stack.callback(rewards.close)
-        wait_for_engines = stack.enter_context(launched_engines(config, config.run.dir / "engine.log"))
-        with console.status("waiting for the engine"):
-            engines = wait_for_engines()
+        if config.rollout.mode == "managed":  # external ones beside them hold weights of their own
+            config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"urls": []})})
+        engines = stack.enter_context(launched_engines(config, needs_weights=False))
+        with console.status("waiting for the engines"):
+            engines.wait_ready()
         name, identity = source.resolve().name, _identity_of_files(source)
         if config.rollout.mode == "external":
-            name, identity = asyncio.run(_identity_of_engines(engines))
+            name, identity = asyncio.run(_identity_of_engines(engines.serving()))
         evaluator = Evaluator(config.rollout, config.reward, engines, rewards, benchmarks)
         key = json.dumps(evaluator.settings(identity), sort_keys=True)
         folder = config.run.dir / "eval" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:HASH_CHARACTERS]}"

@@ -12,7 +12,7 @@ from megatron_gppo.datatypes import Prompt
 from megatron_gppo.evaluate.benchmarks import Benchmark
 from megatron_gppo.evaluate.records import Records, made_with
 from megatron_gppo.evaluate.report import REPORT, Report, score, write_report
-from megatron_gppo.rollout.engine import Engine
+from megatron_gppo.rollout.dispatch import Dispatcher, EngineSource
 from megatron_gppo.rollout.generate import GroupGenerator, Judge, Progress, RolloutCancelled
 
 
@@ -24,7 +24,7 @@ class Evaluator:
         self,
         rollout: RolloutConfig,
         reward: RewardConfig,
-        engines: Sequence[Engine],
+        engines: EngineSource,
         judge: Judge,
         benchmarks: Sequence[Benchmark],
     ) -> None:
@@ -59,7 +59,7 @@ class Evaluator:
 
         identity: what tells the model from others, so that no records of another one are taken for its own.
         policy_version: demanded of the engines' weights, unless None. Raises EngineError, RewardError, EvaluationError,
-        and RolloutCancelled.
+        RolloutCancelled, and EnginesNeedWeights.
         """
         records = Records(folder, self.settings(identity), [of.name for of in self._benchmarks])
         started = time.monotonic()
@@ -97,14 +97,13 @@ class Evaluator:
         # As many responses in flight as in training.
         responses = self._rollout.concurrency * self._rollout.responses_per_prompt
         per_engine = max(1, responses // max(benchmark.samples for benchmark in self._benchmarks))
-        free = asyncio.Semaphore(per_engine * len(self._engines))
+        dispatcher = Dispatcher(self._engines, self._rollout, concurrency=per_engine)
         wanted = sum(len(benchmark.prompts) for benchmark in self._benchmarks)
         done = sum(map(len, records.results.values()))
 
         async def answer(benchmark: Benchmark, generator: GroupGenerator, prompt: Prompt) -> None:
             nonlocal done
-            async with free:
-                group = await generator.group(prompt)
+            group = await generator.group(prompt)
             records.add(benchmark.name, group)
             done += 1
             on_progress(done, wanted)
@@ -113,17 +112,12 @@ class Evaluator:
         generators, work = [], []
         for benchmark in self._benchmarks:
             generator = GroupGenerator(
-                self._engines,
-                self._judge,
-                benchmark.sampling,
-                benchmark.samples,
-                concurrency=per_engine,
-                policy_version=policy_version,
+                dispatcher, self._judge, benchmark.sampling, benchmark.samples, policy_version=policy_version
             )
             generators.append(generator)
             known = records.results[benchmark.name]
             work += [answer(benchmark, generator, prompt) for prompt in benchmark.prompts if prompt.row not in known]
-        await generators[0].all(work)  # connects the engines, which all share
+        await dispatcher.all(work)
         counts: Counter[str] = Counter()
         for generator in generators:
             counts.update(generator.counts)

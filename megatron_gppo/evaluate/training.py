@@ -8,13 +8,14 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_gppo.config import Config, EvalConfig
 from megatron_gppo.evaluate.evaluator import Evaluator
 from megatron_gppo.evaluate.report import REPORT, Report
 from megatron_gppo.parallel import ParallelState
-from megatron_gppo.rollout.generate import RolloutCancelled
+from megatron_gppo.rollout.dispatch import EnginesNeedWeights
+from megatron_gppo.rollout.generate import Progress, RolloutCancelled
 
 MEETING_INTERVAL_S = 10.0
 EVALUATIONS = "eval"  # in run.dir
@@ -33,8 +34,17 @@ def is_complete(config: Config, step: int) -> bool:
 class TrainingEvaluations:
     """Rank 0's evaluations of a run, each in run.dir/eval/step_*. One at a time."""
 
-    def __init__(self, config: Config, evaluator: Evaluator, on_report: Callable[[int, Report], None], *, step: int):
+    def __init__(
+        self,
+        config: Config,
+        evaluator: Evaluator,
+        on_report: Callable[[int, Report], None],
+        *,
+        step: int,
+        on_progress: Progress = lambda done, wanted: None,
+    ):
         """step: the last one done. Later evaluations, of steps that the run has lost, are deleted."""
+        self._on_progress = on_progress
         self._config = config
         self._evaluator = evaluator
         self._on_report = on_report
@@ -69,7 +79,11 @@ class TrainingEvaluations:
     def _run(self, step: int) -> None:
         try:
             report = self._evaluator.run(
-                _folder(self._config, step), f"step {step}", self._identity(step), policy_version=step
+                _folder(self._config, step),
+                f"step {step}",
+                self._identity(step),
+                policy_version=step,
+                on_progress=self._on_progress,
             )
             self._on_report(step, report)
         except BaseException as failure:  # wait() raises it, in the thread that can end the run
@@ -80,9 +94,14 @@ class TrainingEvaluations:
 
 
 def evaluate_if_due(
-    config: Config, parallel: ParallelState, evaluations: TrainingEvaluations | None, step: int
+    config: Config,
+    parallel: ParallelState,
+    evaluations: TrainingEvaluations | None,
+    step: int,
+    give_weights: Callable[[], None],
 ) -> None:
-    """Called by every rank after a step, with evaluations on rank 0. Raises EngineError and RewardError, or PeerFailed."""
+    """Called by every rank after a step, with evaluations on rank 0. give_weights: called by every rank when none but
+    restarted engines are left. Raises EngineError and RewardError, or PeerFailed."""
     if not is_due(config.eval, step):
         return
 
@@ -90,13 +109,18 @@ def evaluate_if_due(
         assert evaluations is not None
         evaluations.start(step)
 
-    def is_over() -> bool:
+    def state() -> Literal["over", "under way", "engines need weights"]:
         assert evaluations is not None
-        return evaluations.wait(MEETING_INTERVAL_S)
+        try:
+            return "over" if evaluations.wait(MEETING_INTERVAL_S) else "under way"
+        except EnginesNeedWeights:
+            return "engines need weights"
 
     parallel.from_rank_0(start)
-    while not parallel.from_rank_0(is_over):
-        pass
+    while (now := parallel.from_rank_0(state)) != "over":
+        if now == "engines need weights":
+            give_weights()
+            parallel.from_rank_0(start)
 
 
 def _folder(config: Config, step: int) -> Path:

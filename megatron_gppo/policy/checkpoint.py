@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_gppo.algorithm import EntropyControl
 from megatron_gppo.convert import Architecture, keep_hf_assets
 from megatron_gppo.datatypes import EntropyPoint
-from megatron_gppo.parallel import ParallelState, PeerFailed
+from megatron_gppo.parallel import ParallelState, PeerFailed, is_of_communication
 from megatron_gppo.policy.optimizer_checkpoint import allocate_state
 from megatron_gppo.policy.policy import Policy
 
@@ -276,4 +276,6 @@ def _failing_as(doing: str, parallel: ParallelState) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
+        if is_of_communication(error):  # says nothing about the checkpoint
+            raise
         raise CheckpointError(f"{doing} (rank {parallel.rank}: {type(error).__name__}: {error})") from error

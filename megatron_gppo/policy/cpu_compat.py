@@ -40,6 +40,8 @@ class _Stream:
 
 
 def _redirect_torch() -> None:
+    with torch.device("cpu"):  # torch notes at its first use which factories a default device is for: not the stand-ins
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.type = _as_cuda_type(torch.Tensor.type)  # type: ignore[method-assign]

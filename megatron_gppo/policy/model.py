@@ -94,7 +94,7 @@ def transformer_config(architecture: Architecture, config: Config) -> Transforme
         use_cpu_initialization=not on_cuda,
         # Needless for the values, which are loaded; but it is initialisation that marks weights as tensor-parallel shards,
         # and a gradient norm over unmarked ones leaves out all ranks but the first.
-        perform_initialization=True,
+        perform_initialization=not _on_meta(),  # there it takes a millisecond a weight, and nothing is reduced
         gradient_accumulation_fusion=False,
         apply_rope_fusion=USE_TRANSFORMER_ENGINE,
         bias_activation_fusion=USE_TRANSFORMER_ENGINE,
@@ -122,7 +122,10 @@ def _expert_settings(architecture: Architecture, config: Config) -> dict[str, An
 
 
 def build_chunks(architecture: Architecture, config: Config, parallel: ParallelState) -> list[PolicyModel]:
-    """This rank's model chunks, one unless the pipeline is interleaved. Weights are not initialised."""
+    """This rank's model chunks, one unless the pipeline is interleaved. Weights are not initialised.
+
+    Where meta is torch's default device, that is where they are.
+    """
     megatron_config = transformer_config(architecture, config)
     vpp = _vpp(config)
     chunks = []
@@ -142,7 +145,7 @@ def build_chunks(architecture: Architecture, config: Config, parallel: ParallelS
             vp_stage=vp_stage if vpp else None,
         )
         _reduce_experts_over_their_copies(chunk)
-        chunks.append(chunk.to(torch.cuda.current_device()))
+        chunks.append(chunk if _on_meta() else chunk.to(torch.cuda.current_device()))
     return chunks
 
 
@@ -155,6 +158,10 @@ def _reduce_experts_over_their_copies(chunk: PolicyModel) -> None:
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False
+
+
+def _on_meta() -> bool:
+    return torch.get_default_device().type == "meta"
 
 
 def _vpp(config: Config) -> int | None:

@@ -1,6 +1,7 @@
 """The trained policy: what train.py sees of Megatron."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from megatron_gppo.policy.model import build_chunks
 from megatron_gppo.policy.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_gppo.policy.optimizer import step as optimizer_step
 from megatron_gppo.policy.reference import ReferenceWeights
+from megatron_gppo.policy.routing import ChosenExperts, chosen_experts
 
 
 class Policy:
@@ -24,7 +26,14 @@ class Policy:
     Its weights are undefined until checkpoint.load_weights or checkpoint.load has filled them.
     """
 
-    def __init__(self, config: Config, architecture: Architecture, parallel: ParallelState):
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        parallel: ParallelState,
+        on_microbatch: Callable[[], None] = lambda: None,
+    ):
+        """on_microbatch: called at the forward of each, in every pass."""
         self.config = config
         self.architecture = architecture
         self.parallel = parallel
@@ -40,6 +49,7 @@ class Policy:
             vocab_size=architecture.vocab_size,
             temperature=config.rollout.temperature,
             sequence_parallel=config.parallel.sequence_parallel,
+            on_microbatch=on_microbatch,
         )
 
     def keep_reference(self) -> None:
@@ -110,6 +120,10 @@ class Policy:
         )
         network = replace(self.network, temperature=1.0)
         return step.score(network, [batch] * self.microbatches_multiple_of)[0][: len(token_ids) - 1]
+
+    def chosen_experts(self) -> AbstractContextManager[ChosenExperts]:
+        """Records which experts the first sequence scored in the context is sent to."""
+        return chosen_experts(self.models, self.parallel, self.config.parallel.sequence_parallel)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parameters by canonical name. The last stage's copy of a tied embedding has the embedding's."""

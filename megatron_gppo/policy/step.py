@@ -42,6 +42,7 @@ class Network:
     vocab_size: int  # without padding
     temperature: float
     sequence_parallel: bool
+    on_microbatch: Callable[[], None] = lambda: None
 
     def logprobs_and_entropy(
         self, model: PolicyModel, hidden: torch.Tensor, targets: torch.Tensor, with_entropy: bool, entropy_grad: bool
@@ -150,6 +151,7 @@ def _run_schedule(
     def forward_step(
         batches: Iterator[tuple[int, MicroBatch]], model: DistributedDataParallel
     ) -> tuple[torch.Tensor, Any]:
+        network.on_microbatch()
         index, row = next(batches)
         batch = _to_device(own_part(row, network.parallel))
         hidden = model(

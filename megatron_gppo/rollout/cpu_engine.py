@@ -6,6 +6,7 @@ server process and never on the trainer's.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ def is_needed() -> bool:
     return not torch.cuda.is_available()
 
 
-def environment(engine_tp: int) -> dict[str, str]:
-    """Variables of the server process; they replace those of the trainer's environment."""
+def environment(engine_tp: int, cores_of_ranks: Sequence[Sequence[int]] = ()) -> dict[str, str]:
+    """Variables of the server process; they replace those of the trainer's environment. cores_of_ranks: if none, one each."""
     variables = {
         "SGLANG_USE_CPU_ENGINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(STUBS), os.environ.get("PYTHONPATH")])),
@@ -37,10 +38,14 @@ def environment(engine_tp: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TORCHDYNAMO_DISABLE": "1",  # or Inductor may look for a C++ compiler
     }
-    if engine_tp > 1:
+    if cores_of_ranks:
+        variables["OMP_NUM_THREADS"] = str(len(cores_of_ranks[0]))
+        variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in cores_of_ranks)
+    elif engine_tp > 1:
         # Without it SGLang binds each rank to a NUMA node of its own, and fails where there are fewer nodes than ranks.
         cores = sorted(os.sched_getaffinity(0))
+        variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(engine_tp))
+    if engine_tp > 1:
         # A torch that was built for CUDA brings NCCL along, which SGLang would try between ranks on the CPU.
         variables["SGLANG_NCCL_SO_PATH"] = "not-on-the-cpu"
-        variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[rank % len(cores)]) for rank in range(engine_tp))
     return variables

@@ -14,6 +14,7 @@ import aiohttp
 
 from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Response
+from megatron_gppo.rollout.json_answers import parse_json
 
 CONNECT_TIMEOUT_S = 30.0
 ABORT_TIMEOUT_S = 5.0
@@ -26,11 +27,19 @@ class EngineError(RuntimeError):
     """An engine failed or answered something that cannot be used. The message names its URL and what it said."""
 
 
+class EngineFaultError(EngineError):
+    """The engine is at fault, not the request: another engine may do better."""
+
+
+class MalformedAnswerError(EngineFaultError):
+    """The engine answered nonsense."""
+
+
 class Supervised(Protocol):
     """The process behind a managed engine."""
 
     def check(self) -> None:
-        """Raises EngineError when the process has ended."""
+        """Raises EngineFaultError when the process has ended."""
 
 
 class Engine:
@@ -38,7 +47,7 @@ class Engine:
 
     url: base URL. timeout_s: limit for one request, generation included. max_retries: times a request is sent again
     after a disconnect, a time-out, an abort that nobody here asked for, or an HTTP status of 408, 429 or 5xx. process:
-    set for a managed server, so that its death is reported with its log and not retried.
+    set for a managed server, so that its death is reported with its log, at once, and not retried.
     """
 
     def __init__(
@@ -78,8 +87,11 @@ class Engine:
         """n responses to one prompt, in one request: the server then computes the prompt once, and measured throughput
         of short responses is 1.5 times that of n requests.
 
-        Adds to counts "retried_requests" and, of these, "timed_out_requests". Raises EngineError when retries are used
-        up, on a status that no retry mends, and on a malformed answer.
+        Adds to counts "retried_requests" and, of these, "timed_out_requests". Raises EngineFaultError when the engine has
+        died, when retries are used up, and on a malformed answer; EngineError when it rejects the request.
+
+        Cancelling it closes the connection, by which SGLang knows within seconds that the request is to be aborted: it
+        gives names of its own to the n responses, so that no /abort_request could name them.
         """
         body = {
             "input_ids": prompt_ids,
@@ -101,8 +113,16 @@ class Engine:
         answer = await self._request("POST", "/generate", body, counts)
         items = answer if n > 1 else [answer]
         if not isinstance(items, list) or len(items) != n:
-            raise EngineError(f"{self.url}/generate: asked for {n} responses, got {_start(answer)}")
+            raise MalformedAnswerError(f"{self.url}/generate: asked for {n} responses, got {_start(answer)}")
         return [self._parse(item) for item in items]
+
+    async def healthy(self) -> bool:
+        """Whether GET /health answers 200, for which SGLang's scheduler must be getting on. It may answer late, or never."""
+        try:
+            async with self._open_session.get(f"{self.url}/health") as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
 
     async def abort(self) -> None:
         """Ends every request the server is working on, whoever sent it. Never raises: the server may be gone."""
@@ -126,13 +146,13 @@ class Engine:
         for attempt in range(self._max_retries + 1):
             if attempt:
                 counts["retried_requests"] += 1
-                await asyncio.sleep(min(FIRST_RETRY_DELAY_S * 2 ** (attempt - 1), MAX_RETRY_DELAY_S))
                 if self.process is not None:
                     self.process.check()
+                await asyncio.sleep(min(FIRST_RETRY_DELAY_S * 2 ** (attempt - 1), MAX_RETRY_DELAY_S))
             try:
                 async with self._open_session.request(method, url, json=body) as response:
                     if response.status == 200:
-                        answer = await response.json(content_type=None)
+                        answer = await response.json(content_type=None, loads=parse_json)
                         if not _was_aborted(answer):
                             return answer
                         failure = "the request was aborted in the server, by another client"
@@ -148,8 +168,10 @@ class Engine:
             except aiohttp.ClientError as error:
                 failure = f"{type(error).__name__}: {error}"
             except ValueError as error:
-                raise EngineError(f"{url}: the answer is not JSON: {error}") from error
-        raise EngineError(
+                raise MalformedAnswerError(f"{url}: the answer is not JSON: {error}") from error
+        if self.process is not None:
+            self.process.check()
+        raise EngineFaultError(
             f"{url}: failed {self._max_retries + 1} times (rollout.max_retries), the last time: {failure}"
         )
 
@@ -187,8 +209,8 @@ class Engine:
                 f"{self.url}: weight_version = {name!r} is not a number. Fix: start the server without --weight-version"
             ) from None
 
-    def _malformed(self, what: str, item: Any) -> EngineError:
-        return EngineError(f"{self.url}/generate: malformed answer: {what}; it starts {_start(item)}")
+    def _malformed(self, what: str, item: Any) -> MalformedAnswerError:
+        return MalformedAnswerError(f"{self.url}/generate: malformed answer: {what}; it starts {_start(item)}")
 
 
 def authorization(api_key: str | None) -> dict[str, str]:

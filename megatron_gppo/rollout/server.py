@@ -12,20 +12,21 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gppo.config import Config, ConfigError, RolloutConfig
 from megatron_gppo.rollout import cpu_engine
-from megatron_gppo.rollout.engine import Engine, EngineError, Supervised, authorization
+from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, Supervised
+from megatron_gppo.rollout.guarding import GRACE_SECONDS, guarded
+from megatron_gppo.rollout.http_calls import opener, request
+from megatron_gppo.rollout.placement import EnginePlace, only_place
 
-GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_INTERVAL_S = 0.5
 LOG_TAIL_BYTES = 65536  # searched for a known cause
 LOG_TAIL_LINES = 30  # shown
+LOG_LINE_CHARACTERS = 300
 OWN_ARGS = ("model_path", "dtype", "host", "port", "api_key", "tp_size", "weight_version")
 
 # torchrun describes the trainer's ranks in these. SGLang forms groups of its own, and with
@@ -53,40 +54,30 @@ FIXES = (
 class ManagedServer:
     """A server that this process started. The constructor launches it and returns at once; wait_ready() waits.
 
-    Use as a context manager, or call close(). Raises ConfigError when there is no model, the port is in
-    use or server_args repeat a field.
+    Use as a context manager, or call close(). address: what others reach it by; None is rollout.host. Raises ConfigError
+    when there is no model, the port is in use or server_args repeat a field.
     """
 
-    def __init__(self, config: Config, log_path: Path) -> None:
+    def __init__(
+        self, config: Config, log_path: Path, place: EnginePlace | None = None, address: str | None = None
+    ) -> None:
         rollout = config.rollout
+        place = place or only_place(rollout)
         if not (config.model.hf_path / "config.json").is_file():
             raise ConfigError(
                 f"model.hf_path = {config.model.hf_path} has no config.json. Fix: give a local HF model folder"
             )
-        port = _bindable_port(rollout.host, rollout.port)
-        self.url = _url(rollout.host, port)
+        port = _bindable_port(rollout.host, place.port)
+        self.url = _url(address or rollout.host, port)
         self.log_path = log_path
-        self._command = server_command(config, port)
+        self._command = server_command(config, port, place)
         self._api_key = rollout.api_key
         self._start_timeout_s = rollout.start_timeout_s
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             self._log_start = log.tell()
-            guard = [
-                sys.executable,
-                "-I",
-                str(Path(__file__).with_name("guard.py")),
-                str(os.getpid()),
-                str(GRACE_SECONDS),
-            ]
-            self._guard = subprocess.Popen(
-                [*guard, *self._command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=server_environment(rollout.engine_tp),
-                start_new_session=True,
-            )
+            with _confined_to(place.cores):
+                self._guard = guarded(self._command, log, server_environment(place))
 
     def __enter__(self) -> "ManagedServer":
         return self
@@ -110,9 +101,9 @@ class ManagedServer:
         return self._guard.poll() is None
 
     def check(self) -> None:
-        """Raises EngineError with the end of the log when the server has ended."""
+        """Raises EngineFaultError with the end of the log when the server has ended."""
         if not self.alive():
-            raise EngineError(
+            raise EngineFaultError(
                 self._report(f"the SGLang server at {self.url} ended with status {self._guard.returncode}")
             )
 
@@ -135,36 +126,10 @@ class ManagedServer:
             text = log.read().decode(errors="replace")
         command = shlex.join("***" if part == self._api_key else part for part in self._command)
         fix = next((fix for sign, fix in FIXES if sign.lower() in text.lower()), "read the log")
-        tail = "\n".join(f"  | {line}" for line in text.splitlines()[-LOG_TAIL_LINES:])
+        if self._api_key is not None:  # SGLang logs all its arguments, in one line of many thousand characters
+            text = text.replace(repr(self._api_key), "'***'")
+        tail = "\n".join(f"  | {line[:LOG_LINE_CHARACTERS]}" for line in text.splitlines()[-LOG_TAIL_LINES:])
         return f"{what}. Fix: {fix}\n  command: {command}\n  log: {self.log_path}, which ends:\n{tail}"
-
-
-@contextlib.contextmanager
-def launched_engines(config: Config, log_path: Path) -> Iterator[Callable[[], list[Engine]]]:
-    """Launches the server of a managed run, for the time of the context, without waiting for it.
-
-    Yields a function that waits until every server (at rollout.urls, if external) is healthy, and returns their clients.
-    It raises EngineError when one does not come up, or cannot be reached, within rollout.start_timeout_s.
-    """
-    rollout = config.rollout
-    if rollout.mode == "managed":
-        with ManagedServer(config, log_path) as server:
-
-            def wait_for_server() -> list[Engine]:
-                server.wait_ready()
-                return [make_engine(rollout, server.url, server)]
-
-            yield wait_for_server
-    elif rollout.mode == "external":
-
-        def wait_for_urls() -> list[Engine]:
-            for url in rollout.urls:
-                wait_healthy(url, rollout.api_key, rollout.start_timeout_s)
-            return [make_engine(rollout, url) for url in rollout.urls]
-
-        yield wait_for_urls
-    else:
-        raise ConfigError("rollout.mode = replay has no engine. Fix: set rollout.mode to managed or external")
 
 
 def make_engine(config: RolloutConfig, url: str, process: Supervised | None = None) -> Engine:
@@ -179,10 +144,8 @@ def make_engine(config: RolloutConfig, url: str, process: Supervised | None = No
 
 def wait_healthy(url: str, api_key: str | None, timeout_s: float, server: ManagedServer | None = None) -> None:
     """Returns when GET /health answers 200. Raises EngineError after timeout_s, or when the server has ended."""
-    # No proxies: urllib would send requests for this very machine to the one in http_proxy.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}/health", headers=authorization(api_key))
+        health = request(url, "/health", api_key)
     except ValueError as error:
         raise ConfigError(f"rollout.urls: {error}. Fix: write it as http://HOST:PORT") from None
     deadline = time.monotonic() + timeout_s
@@ -190,7 +153,7 @@ def wait_healthy(url: str, api_key: str | None, timeout_s: float, server: Manage
         if server is not None and not server.alive():
             raise EngineError(f"the SGLang server at {url} ended while starting")
         try:
-            with opener.open(request, timeout=HEALTH_TIMEOUT_S):
+            with opener().open(health, timeout=HEALTH_TIMEOUT_S):
                 return
         except (OSError, http.client.HTTPException) as error:
             answer = str(error)
@@ -201,29 +164,31 @@ def wait_healthy(url: str, api_key: str | None, timeout_s: float, server: Manage
         time.sleep(HEALTH_INTERVAL_S)
 
 
-def server_command(config: Config, port: int) -> list[str]:
+def server_command(config: Config, port: int, place: EnginePlace) -> list[str]:
     """The command line of the server for config.model and config.rollout."""
     rollout = config.rollout
-    user_args = {name.replace("-", "_"): value for name, value in rollout.server_args.items()}
+    user_args = {name.replace("-", "_"): value for name, value in place.server_args.items()}
     if repeated := sorted(set(OWN_ARGS) & set(user_args)):
         raise ConfigError(
-            f"rollout.server_args = {rollout.server_args}: {', '.join(repeated)} is set by fields of this configuration. "
-            "Fix: use model.hf_path, model.dtype or rollout.{engine_dtype, host, port, api_key, engine_tp}"
+            f"rollout.server_args = {place.server_args}: {', '.join(repeated)} is set by fields of this configuration. "
+            "Fix: use model.hf_path, model.dtype, rollout.{engine_dtype, host, port, api_key, engine_tp} or an entry's tp"
         )
     args: dict[str, str | int | float | bool] = {
         "model_path": str(config.model.hf_path),
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[rollout.engine_dtype or config.model.dtype],
         "host": rollout.host,
         "port": port,
-        "tp_size": rollout.engine_tp,
+        "tp_size": place.tp,
         "weight_version": 0,
-        "random_seed": config.run.seed,
+        "random_seed": config.run.seed + place.index,  # or all engines would draw alike
         "log_level_http": "warning",  # or the log gets a line for every request
     }
     if rollout.api_key is not None:
         args["api_key"] = rollout.api_key
     if cpu_engine.is_needed():
         args |= cpu_engine.SERVER_ARGS
+    elif rollout.placement == "colocated":
+        args["enable_memory_saver"] = True  # or releasing memory does nothing
     args |= user_args
     command = [sys.executable, "-m", "sglang.launch_server"]
     for name, value in args.items():
@@ -235,16 +200,38 @@ def server_command(config: Config, port: int) -> list[str]:
     return command
 
 
-def server_environment(engine_tp: int) -> dict[str, str]:
-    """The trainer's environment without what torchrun put there, plus what the CPU engine needs."""
+def server_environment(place: EnginePlace) -> dict[str, str]:
+    """The trainer's environment without what torchrun put there, plus the engine's GPUs, or what the CPU engine needs."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in TORCHRUN_VARIABLES and not name.startswith(TORCHRUN_PREFIXES)
     }
     if cpu_engine.is_needed():
-        environment |= cpu_engine.environment(engine_tp)
+        environment |= cpu_engine.environment(place.tp, place.cores_of_ranks if place.cores else [])
+    elif place.gpus:
+        shown = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(shown[gpu] if shown else str(gpu) for gpu in place.gpus)
     return environment
+
+
+@contextlib.contextmanager
+def _confined_to(cores: list[int]) -> Iterator[None]:
+    """What this thread starts meanwhile runs on these cores only; all, if there are none."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)  # 0 is the calling thread: the trainer's others stay where they are
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.engines: cores = {cores}: {error.strerror}; this process may use {sorted(before)}. Fix: give some of these"
+        ) from error
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _bindable_port(host: str, port: int | None) -> int:
@@ -258,6 +245,10 @@ def _bindable_port(host: str, port: int | None) -> int:
             f"rollout.port = {port}, rollout.host = {host}: {error.strerror}. Fix: end what uses the port, or set "
             "rollout.port: null for a free one; the host must be an address of this machine"
         ) from error
+
+
+def free_port(host: str) -> int:
+    return _bindable_port(host, None)
 
 
 def _url(host: str, port: int) -> str:

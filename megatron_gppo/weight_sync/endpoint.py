@@ -1,15 +1,18 @@
 """The control endpoints of one SGLang server that a weight update needs, as plain blocking HTTP calls."""
 
+import base64
 import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from megatron_gppo.weight_sync.export import Bucket
+from megatron_gppo.config import PauseMode
+from megatron_gppo.weight_sync.bucket import Bucket
 
 
 class WeightSyncError(RuntimeError):
@@ -20,13 +23,46 @@ class _UnknownPathError(WeightSyncError):
     """The server has no such endpoint."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineProcess:
+    """A running server, told apart from one that was restarted at the same URL."""
+
+    url: str
+    started: str
+    tp_size: int  # each tensor-parallel rank receives the weights itself
+    gpus: tuple[int, ...]  # of the TP ranks, among those of its machine
+    dtype: str
+    device: str
+    quantized: bool
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Engines of one kind hold the same bits."""
+        return self.tp_size, self.dtype, self.device, self.quantized
+
+
+class EngineTensor(NamedTuple):
+    """One of an engine's own tensors, as one of its ranks holds it."""
+
+    name: str
+    tp_rank: int
+
+    def __str__(self) -> str:
+        return f"{self.name} (tp rank {self.tp_rank})"
+
+
+Checksums = Mapping[EngineTensor, str]
+
+
 class WeightEndpoint:
     """One server. Every method raises WeightSyncError, naming URL, path and the server's answer, when the call fails or
     takes longer than `timeout_s`.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+    def __init__(self, url: str, api_key: str | None, timeout_s: float, gpus: Sequence[int] = ()) -> None:
+        """`gpus` of the TP ranks, if known: an engine that was shown only some counts them from 0."""
         self.url = url.rstrip("/")
+        self._gpus = tuple(gpus)
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -35,8 +71,8 @@ class WeightEndpoint:
         # Engines are peers inside the cluster: an http_proxy in the environment is not meant for them.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def tp_size(self) -> int:
-        """Tensor-parallel ranks of the engine: each receives the weights itself."""
+    def process(self) -> "EngineProcess":
+        """What runs behind the URL now."""
         info = self._call("/server_info")
         for size in ("pp_size", "dp_size"):
             if info.get(size, 1) != 1:
@@ -44,7 +80,17 @@ class WeightEndpoint:
                     f"{self.url} runs with {size} = {info[size]}; weights can be sent to engines with {size} = 1 only. "
                     f"Fix: start several servers instead"
                 )
-        return int(info["tp_size"])
+        tp_size = int(info["tp_size"])
+        first_gpu, step = int(info.get("base_gpu_id") or 0), int(info.get("gpu_id_step") or 1)
+        return EngineProcess(
+            url=self.url,
+            started=str(info.get("startup_time")),
+            tp_size=tp_size,
+            gpus=self._gpus or tuple(first_gpu + tp_rank * step for tp_rank in range(tp_size)),
+            dtype=str(info.get("dtype")),
+            device=str(info.get("device")),
+            quantized=info.get("quantization") is not None,
+        )
 
     def weight_version(self) -> str:
         return str(self._call("/model_info").get("weight_version"))
@@ -68,9 +114,9 @@ class WeightEndpoint:
     def leave_group(self, name: str) -> None:
         self._call("/destroy_weights_update_group", {"group_name": name})
 
-    def pause(self) -> None:
-        """Ends what is being generated, and lets new requests wait: none must see half-updated weights."""
-        self._call("/pause_generation", {"mode": "abort"})
+    def pause(self, mode: PauseMode) -> None:
+        """Stops generating, and lets new requests wait: none must see half-updated weights. See sync.pause."""
+        self._call("/pause_generation", {"mode": mode})
 
     def resume(self) -> None:
         self._call("/continue_generation", {})
@@ -97,8 +143,7 @@ class WeightEndpoint:
     def receive(self, bucket: Bucket, *, group: str, version: str | None) -> None:
         """Returns when the engine has received the bucket's broadcast in `group` and loaded it.
 
-        With a version, given for the last bucket, the server takes that as the version of its weights and forgets the
-        KV cache of the old ones.
+        With a version, given for the last bucket, the server takes that as the version of its weights.
         """
         self._call(
             "/update_weights_from_distributed",
@@ -109,15 +154,44 @@ class WeightEndpoint:
                 "group_name": group,
                 "load_format": "flattened_bucket",
                 "weight_version": version,
-                "flush_cache": version is not None,
+                "flush_cache": False,
             },
         )
 
-    def checksums(self) -> dict[str, str]:
-        """A hash of each of the engine's own tensors (fused, a part per TP rank), by name and rank."""
-        answer = self._call("/weights_checker", {"action": "checksum"})
+    def load(self, handles: Sequence[str], *, version: str | None) -> None:
+        """Returns when the engine has loaded the bucket in shared memory, given as one handle a TP rank. See receive."""
+        self._call(
+            "/update_weights_from_tensor",
+            {
+                "serialized_named_tensors": list(handles),
+                "load_format": "flattened_bucket",
+                "weight_version": version,
+                "flush_cache": False,
+            },
+        )
+
+    def load_folder(self, folder: str, *, version: str) -> None:
+        """Returns when the engine has loaded an HF folder, under this path."""
+        self._call("/update_weights_from_disk", {"model_path": folder, "weight_version": version, "flush_cache": False})
+
+    def forget_cache(self, mode: PauseMode) -> None:
+        """Drops the KV cache of the old weights. Requests that were paused in place keep theirs, and then so does the
+        whole cache: SGLang forgets all of it or nothing.
+        """
+        try:
+            self._request("/flush_cache", {})
+        except WeightSyncError as error:
+            if mode != "in_place" or " answered 400" not in str(error):
+                raise
+
+    def checksums(self, skip: Sequence[str] = ()) -> Checksums:
+        """A hash of each of the engine's own tensors (fused, a part per TP rank).
+
+        Tensors whose name contains one of `skip` are left out. On the CPU the hash is the first 16 digits of SHA-256.
+        """
+        answer = self._call("/weights_checker", {"action": "checksum", "skip_tensor_list": list(skip)})
         return {
-            f"{name} (tp rank {rank['parallelism_info'][0]['tp_rank']})": checksum
+            EngineTensor(name, int(rank["parallelism_info"][0]["tp_rank"])): checksum
             for rank in answer["ranks"]
             for name, checksum in rank["checksums"].items()
         }
@@ -143,13 +217,37 @@ class WeightEndpoint:
         logprobs = answer["meta_info"]["input_token_logprobs"]
         return torch.tensor([logprob for logprob, _, _ in logprobs[1:]], dtype=torch.float32)
 
+    def chosen_experts(self, token_ids: Sequence[int], num_layers: int) -> torch.Tensor | None:
+        """The experts that each token but the last goes to: [L-1, layers, k] int64, ids ascending.
+
+        None where the server was not started with --enable-return-routed-experts.
+        """
+        body = {
+            "input_ids": list(token_ids),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+            "return_routed_experts": True,
+        }
+        encoded = self._call("/generate", body)["meta_info"].get("routed_experts")
+        if encoded is None:
+            return None
+        flat = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.int32)
+        of_tokens = flat.reshape(-1, num_layers, len(flat) // (len(token_ids) * num_layers))
+        return of_tokens[: len(token_ids) - 1].long().sort().values
+
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON that _request answers."""
+        try:
+            return json.loads(self._request(path, body))
+        except ValueError as error:
+            raise WeightSyncError(f"{self.url}{path} did not answer with JSON: {error}") from error
+
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> bytes:
         """POSTs the body, or GETs without one."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
         try:
             with self._opener.open(request, timeout=self._timeout_s) as response:
-                return json.loads(response.read())
+                return response.read()
         except urllib.error.HTTPError as error:
             kind = _UnknownPathError if error.code == 404 else WeightSyncError
             raise kind(f"{self.url}{path} answered {error.code}: {_message(error.read())}") from error
@@ -158,8 +256,6 @@ class WeightEndpoint:
             if isinstance(cause, TimeoutError):
                 raise WeightSyncError(f"{self.url}{path} did not answer within {self._timeout_s:g} s") from error
             raise WeightSyncError(f"{self.url}{path} failed: {cause or type(cause).__name__}") from error
-        except ValueError as error:
-            raise WeightSyncError(f"{self.url}{path} did not answer with JSON: {error}") from error
 
 
 def _message(answer: bytes) -> str:

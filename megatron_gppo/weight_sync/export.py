@@ -5,15 +5,17 @@
       -> rank 0     the finished bucket, sent by the pipeline stage that owns it
 
 Experts are whole on their ranks, so the one that owns a bucket's experts splits them by itself and sends the finished
-bucket to its stage's TP rank 0.
+bucket to its stage's TP rank 0. A parameter that is whole on its rank goes straight from the live weights into the bucket.
 
 Invariants
 - Buckets come in the order of convert's table, cut only between parameters, and wherever their owner changes: pipeline
   stage, expert-parallel rank. Each HF tensor of the model is in exactly one of them. The embedding that tied models copy to
   their last stage is taken from the first.
 - A bucket holds at most `bucket_bytes`, unless it is a single parameter that is larger.
-- Only the first copy of the weights, and of the experts, takes part; the others return at once.
-- A rank holds a bucket's shards, their joined form and the bucket at a time, never the model.
+- Only the first copy of the weights, and of the experts, takes part; the others have nothing to do.
+- A rank holds a bucket's shards and their joined form at a time, never the model. Buckets take turns in two buffers, which
+  stay for the next sync: while one bucket is being sent, the next is filled. Getting the memory anew costs a quarter of the
+  time of sending it on the CPU.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,32 +27,7 @@ from torch import Tensor
 
 from megatron_gppo.convert.table import Parameter
 from megatron_gppo.parallel import ParallelState
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """HF tensors, one behind the other in one buffer.
-
-    Example. Two bf16 tensors "a" [2, 3] and "b" [4] make names ["a", "b"], shapes [(2, 3), (4,)] and 20 bytes of data.
-    """
-
-    names: list[str]
-    shapes: list[tuple[int, ...]]
-    dtype: torch.dtype  # of every tensor
-    data: Tensor  # [bytes] uint8
-
-    @classmethod
-    def flatten(cls, tensors: Sequence[tuple[str, Tensor]], dtype: torch.dtype) -> "Bucket":
-        return cls(
-            names=[name for name, _ in tensors],
-            shapes=[tuple(tensor.shape) for _, tensor in tensors],
-            dtype=dtype,
-            data=_flatten([tensor for _, tensor in tensors], dtype),
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Views of `data` by HF name."""
-        return dict(zip(self.names, _unflatten(self.data, self.shapes, self.dtype), strict=True))
+from megatron_gppo.weight_sync.bucket import Bucket, Shape, num_bytes, unflatten
 
 
 class Exporter:
@@ -77,6 +54,8 @@ class Exporter:
         self._parallel = parallel
         self._dtype = dtype
         self._plan = _plan(parameters, _owners(parameters, shards, parallel), dtype, bucket_bytes)
+        self.device = next(iter(shards.values())).device
+        self._buffers: list[Tensor] = []
 
     @property
     def num_buckets(self) -> int:
@@ -86,80 +65,91 @@ class Exporter:
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self._plan)
 
-    def export(self, shards: Mapping[str, Tensor]) -> Iterator[Bucket]:
-        """Yields the `num_buckets` buckets on rank 0, on the shards' device, and nothing elsewhere.
+    @property
+    def names(self) -> list[str]:
+        """Of all HF tensors, in the order of the buckets."""
+        return [name for part in self._plan for name in part.names]
 
-        Every rank must exhaust the iterator: the peers of a rank that stops early wait for it.
+    def bytes_of(self, bucket: int) -> int:
+        """Size of the bucket with this number, counted from 0."""
+        return self._plan[bucket].num_bytes
+
+    def export(self, shards: Mapping[str, Tensor]) -> Iterator[Bucket | None]:
+        """Yields `num_buckets` items on every rank: on rank 0 the buckets, on the shards' device; None elsewhere.
+
+        Every rank must exhaust the iterator: the peers of a rank that stops early wait for it. A bucket's memory is
+        overwritten when the second one after it is taken.
         """
         parallel = self._parallel
-        device = next(iter(shards.values())).device
         is_stage_root = parallel.tp_rank == 0 and parallel.is_first_copy
-        for part in self._plan:
+        for number, part in enumerate(self._plan):
             bucket = None
             if part.owner.stage == parallel.pp_rank:
                 if part.owner.ep_rank is not None:
-                    bucket = self._experts(part, shards, is_stage_root, device)
+                    bucket = self._experts(number, shards, is_stage_root)
                 elif parallel.is_first_copy:
-                    bucket = self._join(part, shards)
+                    bucket = self._join(number, shards)
             if part.owner.stage != 0 and is_stage_root:
-                bucket = self._send_to_first_stage(part, bucket, device)
-            if bucket is not None and parallel.rank == 0:
-                yield bucket
+                bucket = self._send_to_first_stage(number, bucket)
+            yield bucket if parallel.rank == 0 else None
 
-    def _experts(
-        self, part: "_Part", shards: Mapping[str, Tensor], is_stage_root: bool, device: torch.device
-    ) -> Bucket | None:
+    def _experts(self, number: int, shards: Mapping[str, Tensor], is_stage_root: bool) -> Bucket | None:
         """The bucket on the stage's root, None on its other ranks."""
-        parallel = self._parallel
+        parallel, part = self._parallel, self._plan[number]
         if parallel.expert_dp_rank != 0:
             return None
         bucket = None
         if parallel.ep_rank == part.owner.ep_rank:
             whole = [hf for parameter in part.parameters for hf in parameter.to_hf(shards[parameter.name].detach())]
-            bucket = Bucket.flatten(whole, self._dtype)
+            bucket = Bucket.flatten(whole, self._dtype, self._buffer(number))
         if part.owner.ep_rank == 0:
             return bucket
         if bucket is not None:
             dist.send(bucket.data, group=parallel.ep_group, group_dst=0)
             return None
-        return self._receive(part, parallel.ep_group, part.owner.ep_rank, device) if is_stage_root else None
+        return self._receive(number, parallel.ep_group, part.owner.ep_rank) if is_stage_root else None
 
-    def _join(self, part: "_Part", shards: Mapping[str, Tensor]) -> Bucket | None:
+    def _join(self, number: int, shards: Mapping[str, Tensor]) -> Bucket | None:
         """The bucket on TP rank 0 of the owning stage, None on its other TP ranks."""
-        own = _flatten([shards[parameter.name].detach() for parameter in part.parameters], self._dtype)
-        gathered = self._gather_over_tp(own)
-        if not gathered:
+        part = self._plan[number]
+        own = [shards[parameter.name].detach() for parameter in part.parameters]
+        by_rank = [own] if self._parallel.tp_size == 1 else self._gather_over_tp(own)
+        if not by_rank:
             return None
-        shard_shapes = [tuple(shards[parameter.name].shape) for parameter in part.parameters]
-        by_rank = [_unflatten(flat, shard_shapes, self._dtype) for flat in gathered]
         hf_tensors = [
             hf_tensor
             for parameter, tp_shards in zip(part.parameters, zip(*by_rank, strict=True), strict=True)
             for hf_tensor in parameter.to_hf(parameter.join(tp_shards))
         ]
-        return Bucket.flatten(hf_tensors, self._dtype)
+        return Bucket.flatten(hf_tensors, self._dtype, self._buffer(number))
 
-    def _gather_over_tp(self, own: Tensor) -> list[Tensor]:
-        if self._parallel.tp_size == 1:
-            return [own]
+    def _gather_over_tp(self, own: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Every TP rank's shards on TP rank 0, nothing on the others."""
+        flat = torch.cat([shard.to(self._dtype).reshape(-1) for shard in own]).view(torch.uint8)
         is_root = self._parallel.tp_rank == 0
-        gathered = [torch.empty_like(own) for _ in range(self._parallel.tp_size)] if is_root else []
-        dist.gather(own, gathered if is_root else None, group=self._parallel.tp_group, group_dst=0)
-        return gathered
+        gathered = [torch.empty_like(flat) for _ in range(self._parallel.tp_size)] if is_root else []
+        dist.gather(flat, gathered if is_root else None, group=self._parallel.tp_group, group_dst=0)
+        return [unflatten(shards, [tuple(shard.shape) for shard in own], self._dtype) for shards in gathered]
 
-    def _send_to_first_stage(self, part: "_Part", bucket: Bucket | None, device: torch.device) -> Bucket | None:
+    def _send_to_first_stage(self, number: int, bucket: Bucket | None) -> Bucket | None:
         group = self._parallel.pp_group
         if bucket is not None:
             dist.send(bucket.data, group=group, group_dst=0)
             return None
-        return self._receive(part, group, part.owner.stage, device) if self._parallel.pp_rank == 0 else None
+        return self._receive(number, group, self._plan[number].owner.stage) if self._parallel.pp_rank == 0 else None
 
-    def _receive(
-        self, part: "_Part", group: dist.ProcessGroup | None, group_src: int | None, device: torch.device
-    ) -> Bucket:
-        data = torch.empty(part.num_bytes, dtype=torch.uint8, device=device)
+    def _receive(self, number: int, group: dist.ProcessGroup | None, group_src: int | None) -> Bucket:
+        part = self._plan[number]
+        data = self._buffer(number)[: part.num_bytes]
         dist.recv(data, group=group, group_src=group_src)
         return Bucket(part.names, part.shapes, self._dtype, data)
+
+    def _buffer(self, number: int) -> Tensor:
+        """[bytes of the largest bucket] uint8: one of two, in turn. Only ranks that fill or receive buckets have them."""
+        if not self._buffers:
+            capacity = max(part.num_bytes for part in self._plan)
+            self._buffers = [torch.empty(capacity, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        return self._buffers[number % 2]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -183,7 +173,7 @@ class _Part:
         return [name for parameter in self.parameters for name in parameter.hf_names]
 
     @property
-    def shapes(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[Shape]:
         return [shape for parameter in self.parameters for shape in parameter.hf_shapes]
 
 
@@ -193,12 +183,12 @@ def _plan(
     plan: list[_Part] = []
     for parameter in parameters:
         owner = owners[parameter.name]
-        num_bytes = dtype.itemsize * sum(torch.Size(shape).numel() for shape in parameter.hf_shapes)
-        if plan and plan[-1].owner == owner and plan[-1].num_bytes + num_bytes <= bucket_bytes:
+        size = num_bytes(parameter.hf_shapes, dtype)
+        if plan and plan[-1].owner == owner and plan[-1].num_bytes + size <= bucket_bytes:
             last = plan.pop()
-            plan.append(_Part(owner, [*last.parameters, parameter], last.num_bytes + num_bytes))
+            plan.append(_Part(owner, [*last.parameters, parameter], last.num_bytes + size))
         else:
-            plan.append(_Part(owner, [parameter], num_bytes))
+            plan.append(_Part(owner, [parameter], size))
     return plan
 
 
@@ -237,14 +227,3 @@ def _mistakes(parameters: Sequence[Parameter], shards: Mapping[str, Tensor], par
         if tuple(shards[name].shape) != expected:
             mistakes.append(f"rank {parallel.rank} has {name} of shape {tuple(shards[name].shape)}, not {expected}")
     return sorted(mistakes)
-
-
-def _flatten(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[bytes] uint8, a copy."""
-    return torch.cat([tensor.to(dtype).reshape(-1) for tensor in tensors]).view(torch.uint8)
-
-
-def _unflatten(data: Tensor, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-    """Views of [bytes] uint8, which they fill exactly."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    return [flat.view(shape) for flat, shape in zip(data.view(dtype).split(sizes), shapes, strict=True)]

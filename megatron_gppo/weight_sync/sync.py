@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -12,12 +13,20 @@ from megatron_gppo.config import Config, ConfigError
 from megatron_gppo.convert.architecture import Architecture
 from megatron_gppo.convert.table import parameters
 from megatron_gppo.parallel import ParallelState
-from megatron_gppo.weight_sync.endpoint import WeightEndpoint
-from megatron_gppo.weight_sync.export import Bucket, Exporter
-from megatron_gppo.weight_sync.push import WeightPusher
-from megatron_gppo.weight_sync.verify import Checksums, check_restored, compare_logprobs, reset_weights
+from megatron_gppo.weight_sync.bucket import Bucket
+from megatron_gppo.weight_sync.disk import DiskTransport
+from megatron_gppo.weight_sync.distributed import DistributedTransport
+from megatron_gppo.weight_sync.endpoint import Checksums, WeightEndpoint
+from megatron_gppo.weight_sync.export import Exporter
+from megatron_gppo.weight_sync.fleet import Fleet, SyncedEngines
+from megatron_gppo.weight_sync.push import push
+from megatron_gppo.weight_sync.sample import RollingSample
+from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport
+from megatron_gppo.weight_sync.transport import SendAgainError, Transport
+from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs, unlike
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DISK_FOLDER = "weights"  # in run.dir
 # Mean absolute difference of the probe's log-probs, in nats.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
@@ -29,6 +38,7 @@ class SyncStats:
     seconds: float
     num_bytes: int  # sent to each engine
     num_buckets: int
+    phases: dict[str, float]  # seconds: prepare, export, send (that the export did not hide), check
 
 
 class WeightSync:
@@ -37,47 +47,43 @@ class WeightSync:
     Every method is called by all ranks in lockstep. Rank 0 alone talks to the engines; what goes wrong there is raised as
     WeightSyncError on rank 0 and as PeerFailed on the others. After an error nothing but close() may be called.
 
-    Construction is collective too, and raises ConfigError when an engine cannot reach sync.host. `urls` are the engines' and
-    matter on rank 0 only. Where `shards` appears, it is this rank's parameters by canonical
-    name (convert.canonical_name).
+    `engines`, on rank 0 only, says at every sync which engines there are, and hears which of them hold the new weights and
+    which failed. One that fails is no error as long as another is left. Where `shards` appears, it is this rank's
+    parameters by canonical name (convert.canonical_name).
     """
 
     def __init__(
-        self, config: Config, architecture: Architecture, parallel: ParallelState, urls: Sequence[str]
+        self, config: Config, architecture: Architecture, parallel: ParallelState, engines: SyncedEngines | None
     ) -> None:
+        assert (engines is None) == (parallel.rank != 0)
+        self._config = config.sync
+        self._api_key = config.rollout.api_key
         self._parallel = parallel
         self._parameters = parameters(architecture)
         # In the narrower of the two dtypes: a wider one would only move zeros.
         both_fp32 = config.model.dtype == "fp32" and config.rollout.engine_dtype in (None, "fp32")
         self._dtype = torch.float32 if both_fp32 else torch.bfloat16
-        self._bucket_bytes = config.sync.bucket_mb * 2**20
         self._tolerance = config.sync.verify_tolerance or TOLERANCE[self._dtype]
+        self._engines = engines
+        self._transport = _make_transport(config, parallel)
         self._exporter: Exporter | None = None
-        self._joined = False
-        parallel.from_rank_0(lambda: _check_reachable(config.sync.host, urls))
-        self._endpoints = [WeightEndpoint(url, config.rollout.api_key, config.sync.timeout_s) for url in urls]
-        self._pusher = WeightPusher(self._endpoints, config.sync.host, config.sync.timeout_s)
+        self._sample: RollingSample | None = None
+        self._synced: list[str] = []  # URLs of the engines that hold the weights of the last sync; on rank 0
+        self._syncs = 0
 
     def sync(self, shards: Mapping[str, Tensor], version: int) -> SyncStats:
-        """Gives the policy's weights to every engine, as `version`. No request may be in flight: it would be aborted."""
+        """Gives the policy's weights to every engine, as `version`, and checks a sample of them, or all if it is time.
+
+        sync.pause says what becomes of requests in flight.
+        """
         start = time.perf_counter()
-        if self._exporter is None:
-            self._exporter = Exporter(self._parameters, shards, self._parallel, self._dtype, self._bucket_bytes)
-        exporter = self._exporter
-        buckets = exporter.export(shards)
-        if self._parallel.rank != 0:
-            _drain(buckets)
-
-        def push() -> SyncStats:
-            try:
-                self._join(next(iter(shards.values())).device)
-                self._pusher.push(buckets, exporter.num_buckets, version)
-            finally:
-                # The other ranks gather and send to the end, whatever became of the engines.
-                _drain(buckets)
-            return SyncStats(time.perf_counter() - start, exporter.num_bytes, exporter.num_buckets)
-
-        return self._parallel.from_rank_0(push)
+        phases = self._send(shards, version)
+        self._syncs += 1
+        if self._config.verify_all_every is not None and self._syncs % self._config.verify_all_every == 0:
+            self._verify_all(shards, version)
+        assert self._exporter is not None
+        seconds = self._parallel.from_rank_0(lambda: time.perf_counter() - start)
+        return SyncStats(seconds, self._exporter.num_bytes, self._exporter.num_buckets, phases)
 
     def verify_start(self, shards: Mapping[str, Tensor], version: int, *, engines_hold_policy: bool) -> None:
         """Syncs, and proves for every tensor of every engine that the sync wrote it, and wrote the right thing.
@@ -86,18 +92,11 @@ class WeightSync:
         makes that the standard. Otherwise (a resumed run, external engines that served another one) a first sync does,
         and only the probe can tell that its values are right.
         """
-        if not engines_hold_policy:
-            self.sync(shards, version)
-
-        def reset() -> dict[str, Checksums]:
-            checksums = self._pusher.on_all("reset weights", reset_weights)
-            return {endpoint.url: before for endpoint, before in zip(self._endpoints, checksums, strict=True)}
-
-        before = self._parallel.from_rank_0(reset)
-        self.sync(shards, version)
-        self._parallel.from_rank_0(
-            lambda: self._pusher.on_all("verify", lambda endpoint: check_restored(endpoint, before[endpoint.url]))
-        )
+        if engines_hold_policy:
+            self._synced = self._parallel.from_rank_0(self._to_sync)
+        else:
+            self._send(shards, version)
+        self._verify_all(shards, version)
 
     def verify_probe(self, token_ids: Sequence[int], logprobs: Tensor) -> float:
         """Compares the engines' log-probs of token_ids[1:] with the policy's.
@@ -108,33 +107,154 @@ class WeightSync:
         """
 
         def compare() -> float:
-            by_engine = self._pusher.on_all("probe", lambda endpoint: endpoint.prompt_logprobs(token_ids))
+            with self._fleet(self._synced) as fleet:
+                by_engine = fleet.on_all("probe", lambda endpoint: endpoint.prompt_logprobs(token_ids))
             return max(
                 compare_logprobs(endpoint.url, engine, logprobs.cpu(), self._tolerance)
-                for endpoint, engine in zip(self._endpoints, by_engine, strict=True)
+                for endpoint, engine in by_engine.items()
             )
 
         return self._parallel.from_rank_0(compare)
 
+    def routing_difference(self, token_ids: Sequence[int], chosen: torch.Tensor) -> float | None:
+        """Share of the experts chosen by the policy (`chosen`, [L, layers, k]) that an engine does not choose for the same tokens.
+
+        The largest of the engines'; None where none of them says.
+        """
+
+        def compare() -> float | None:
+            head = token_ids[: len(chosen)]
+            with self._fleet(self._synced) as fleet:
+                by_engine = fleet.on_all("routing", lambda endpoint: endpoint.chosen_experts(head, chosen.shape[1]))
+            differences = [unlike(chosen[: len(engine)], engine) for engine in by_engine.values() if engine is not None]
+            return max(differences, default=None)
+
+        return self._parallel.from_rank_0(compare)
+
     def close(self) -> None:
-        """Ends the group with the engines. Not collective; does nothing except on rank 0."""
+        """Leaves the engines. Not collective; does nothing except on rank 0."""
         if self._parallel.rank == 0:
-            self._pusher.close()
+            self._transport.close()
 
-    def _join(self, device: torch.device) -> None:
-        if not self._joined:
-            self._pusher.join(device)
-            self._joined = True
+    def _send(self, shards: Mapping[str, Tensor], version: int) -> dict[str, float]:
+        """One push, and more of them as long as an engine that fails takes the others' connections with it.
+
+        Returns the seconds of the last one, by phase.
+        """
+        if self._exporter is None:
+            bucket_bytes = self._config.bucket_mb * 2**20
+            self._exporter = Exporter(self._parameters, shards, self._parallel, self._dtype, bucket_bytes)
+            self._sample = RollingSample(self._exporter.names)
+        failed: dict[str, str] = {}  # in this sync: who comes back meanwhile waits for the next
+        phases = None
+        while phases is None:
+            phases = self._send_once(shards, version, failed)
+        return phases
+
+    def _send_once(self, shards: Mapping[str, Tensor], version: int, failed: dict[str, str]) -> dict[str, float] | None:
+        urls = self._parallel.from_rank_0(lambda: [url for url in self._to_sync() if url not in failed])
+        buckets = self._buckets(shards, urls)
+        if self._parallel.rank != 0:
+            _drain(buckets)
+        return self._parallel.from_rank_0(lambda: self._push(buckets, urls, version, failed))
+
+    def _push(
+        self, buckets: Iterator[Bucket | None], urls: Sequence[str], version: int, failed: dict[str, str]
+    ) -> dict[str, float] | None:
+        """Seconds by phase when the engines at `urls` have the weights, all but those that failed and are now in `failed`.
+        None when those that are left have to be sent them again.
+        """
+        assert self._exporter is not None
+        assert self._sample is not None
+        assert self._engines is not None
+        try:
+            with self._fleet(urls, failed) as fleet:
+                phases = push(
+                    fleet,
+                    self._transport,
+                    (bucket for bucket in buckets if bucket is not None),
+                    self._exporter.num_buckets,
+                    version=str(version),
+                    pause=self._config.pause,
+                    device=self._exporter.device,
+                    sample=self._sample,
+                )
+        except SendAgainError:
+            return None
+        finally:
+            # The other ranks gather and send to the end, whatever became of the engines.
+            _drain(buckets)
+        self._synced = [endpoint.url for endpoint in fleet.endpoints]
+        self._engines.synced(self._synced, version)
+        return phases
+
+    def _verify_all(self, shards: Mapping[str, Tensor], version: int) -> None:
+        """Overwrites the weights of the engines, sends them again, and compares with what they had."""
+        before: dict[str, Checksums] = {}
+
+        def reset() -> None:
+            with self._fleet(self._synced) as fleet:
+                # Until the push ends: no request may see what comes now.
+                fleet.on_all("pause", lambda endpoint: endpoint.pause(self._config.pause))
+                held = fleet.on_all("verify", WeightEndpoint.checksums)
+                fleet.on_all("reset weights", WeightEndpoint.reset_tensors)
+                for endpoint, after in fleet.on_all("verify", WeightEndpoint.checksums).items():
+                    before[endpoint.url] = held[endpoint]
+                    check_reset(endpoint.url, held[endpoint], after)
+
+        def compare() -> None:
+            with self._fleet([url for url in self._synced if url in before]) as fleet:
+                for endpoint, after in fleet.on_all("verify", WeightEndpoint.checksums).items():
+                    check_restored(endpoint.url, before[endpoint.url], after)
+
+        self._parallel.from_rank_0(reset)
+        self._send(shards, version)
+        self._parallel.from_rank_0(compare)
+
+    def _buckets(self, shards: Mapping[str, Tensor], urls: Sequence[str]) -> Iterator[Bucket | None]:
+        """The export, with every bucket where the transport wants it. Must be exhausted by every rank."""
+        assert self._exporter is not None
+        for number, bucket in enumerate(self._exporter.export(shards)):
+            self._transport.pass_bucket(bucket, self._exporter.bytes_of(number), urls, self._exporter.device)
+            yield bucket
+
+    def _to_sync(self) -> list[str]:
+        assert self._engines is not None
+        urls = self._engines.to_sync()
+        host = self._config.host
+        for url in urls if self._config.transport == "distributed" else []:
+            if host in LOOPBACK and urlsplit(url).hostname not in LOOPBACK:
+                raise ConfigError(
+                    f"sync.host = {host} cannot be reached from the engine at {url}. Fix: set sync.host to an address of "
+                    f"rank 0's machine"
+                )
+        return urls
+
+    @contextmanager
+    def _fleet(self, urls: Sequence[str], failed: dict[str, str] | None = None) -> Iterator[Fleet]:
+        """The engines at `urls`. Those that fail in the body are reported, and added to `failed`."""
+        assert self._engines is not None
+        failed = {} if failed is None else failed
+        engines, timeout_s = self._engines, self._config.timeout_s
+        endpoints = [WeightEndpoint(url, self._api_key, timeout_s, engines.gpus(url)) for url in urls]
+        fleet = Fleet(endpoints, failed_before=dict(failed))
+        try:
+            yield fleet
+        finally:
+            failed |= fleet.failed
+            self._synced = [url for url in self._synced if url not in fleet.failed]
+            for url, why in fleet.failed.items():
+                self._engines.lost(url, why)
 
 
-def _check_reachable(host: str, urls: Sequence[str]) -> None:
-    for url in urls:
-        if host in LOOPBACK and urlsplit(url).hostname not in LOOPBACK:
-            raise ConfigError(
-                f"sync.host = {host} cannot be reached from the engine at {url}. Fix: set sync.host to an address of rank 0's machine"
-            )
+def _make_transport(config: Config, parallel: ParallelState) -> Transport:
+    if config.sync.transport == "distributed":
+        return DistributedTransport(config.sync.host, config.sync.timeout_s)
+    if config.sync.transport == "tensor":
+        return SharedMemoryTransport(parallel)
+    return DiskTransport(config.sync.disk_dir or config.run.dir / DISK_FOLDER, config.model.hf_path)
 
 
-def _drain(buckets: Iterator[Bucket]) -> None:
+def _drain(buckets: Iterator[Bucket | None]) -> None:
     for _ in buckets:
         pass

@@ -1,6 +1,6 @@
-"""Proof that what the engines serve is the policy: completely at the start, by a probe's log-probs later.
+"""Proof that what the engines serve is the policy: completely at the start and on demand, by a probe's log-probs in between.
 
-At the start every tensor of an engine is overwritten with random numbers and must be back, bit for bit, after a sync. A
+For the complete one, every tensor of an engine is overwritten with random numbers and must be back, bit for bit, after a sync. A
 tensor that the export leaves out, misnames or puts together wrongly is not, and is named. SGLang ignores names that it
 does not know, so that without this a sync could leave out a tensor in silence.
 
@@ -8,37 +8,30 @@ Checksums tell it, rather than /weights_checker's own comparison: that needs CUD
 keeps a second copy of the weights on the host.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_gppo.weight_sync.endpoint import WeightEndpoint, WeightSyncError
+from megatron_gppo.weight_sync.endpoint import Checksums, WeightSyncError
 
 NAMED_AT_MOST = 10
 
-Checksums = Mapping[str, str]
 
-
-def reset_weights(endpoint: WeightEndpoint) -> Checksums:
-    """Overwrites the engine's weights. Returns the checksums that they had."""
-    before = endpoint.checksums()
-    endpoint.reset_tensors()
-    after = endpoint.checksums()
+def check_reset(url: str, before: Checksums, after: Checksums) -> None:
+    """Raises WeightSyncError naming the tensors of the engine whose checksums a reset left as they were."""
     if kept := [name for name in before if after.get(name) == before[name]]:
         raise WeightSyncError(
-            f"{endpoint.url} did not reset {_listed(kept)}, so that a sync of them cannot be verified"
+            f"weight sync, phase 'verify': {url} did not reset {listed(kept)}, so that a sync of them cannot be verified"
         )
-    return before
 
 
-def check_restored(endpoint: WeightEndpoint, before: Checksums) -> None:
+def check_restored(url: str, before: Checksums, after: Checksums) -> None:
     """Raises WeightSyncError naming the tensors of the engine whose checksums are not as before the reset."""
-    after = endpoint.checksums()
     if wrong := [name for name in before if after.get(name) != before[name]]:
         raise WeightSyncError(
-            f"{endpoint.url}: {len(wrong)} of {len(before)} tensors are not what they were before they were reset and "
-            f"synced: {_listed(wrong)}. Either the engine was started from other weights than the policy, or in another "
-            f"dtype (fix: restart it with model.hf_path), or the export of these tensors is wrong"
+            f"weight sync, phase 'verify': {url}: {len(wrong)} of {len(before)} tensors are not what they were before they "
+            f"were reset and synced: {listed(wrong)}. Either the engine was started from other weights than the policy, or "
+            f"in another dtype (fix: restart it with model.hf_path), or the export of these tensors is wrong"
         )
 
 
@@ -57,6 +50,12 @@ def compare_logprobs(url: str, engine: Tensor, policy: Tensor, tolerance: float)
     return mean
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[object]) -> str:
     more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
-    return ", ".join(names[:NAMED_AT_MOST]) + more
+    return ", ".join(map(str, names[:NAMED_AT_MOST])) + more
+
+
+def unlike(one: Tensor, other: Tensor) -> float:
+    """[L, layers, k] twice, the experts that each token goes to: the share of the one's that is not among the other's."""
+    same = (one[..., None] == other[..., None, :]).any(-1)
+    return 1.0 - same.float().mean().item()

@@ -1,18 +1,23 @@
 """The exported buckets are the HF tensors, bit for bit, from every layout; a failing engine ends all ranks alike."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_gppo.config import parse_config
+from megatron_gppo.config import Config, parse_config
 from megatron_gppo.convert import Architecture, parameters
 from megatron_gppo.parallel import PeerFailed
-from megatron_gppo.weight_sync import WeightSync, WeightSyncError
-from megatron_gppo.weight_sync.export import Bucket, Exporter
+from megatron_gppo.weight_sync import WeightSync, WeightSyncError, sync
+from megatron_gppo.weight_sync.bucket import Bucket
+from megatron_gppo.weight_sync.export import Exporter
+from megatron_gppo.weight_sync.fleet import Fleet
+from megatron_gppo.weight_sync.transport import SendAgainError, Transport
 from tests.support.distributed import run_ranks
 from tests.support.policy_shards import cut, hf_tensors, make_parallel_state
+from tests.support.synced_engines import GivenEngines
 from tests.support.tiny import make_tiny_model
 
 BUCKET_BYTES = 40_000  # several buckets a stage; linear_fc1 and larger ones get one of their own
@@ -35,10 +40,12 @@ def export_case(rank: int, case: Case) -> tuple[int, list[Bucket]]:
     parallel = make_parallel_state(rank, **case.layout)
     shards = cut(architecture, hf_tensors(case.folder), parallel, interleaved=case.interleaved)
     exporter = Exporter(parameters(architecture), shards, parallel, case.dtype, BUCKET_BYTES)
-    first = list(exporter.export(shards))
-    second = list(exporter.export(shards))
-    assert [bucket.names for bucket in first] == [bucket.names for bucket in second]
-    return exporter.num_buckets, second
+    for _ in range(2):  # the second time into used buffers
+        items = [
+            None if bucket is None else replace(bucket, data=bucket.data.clone()) for bucket in exporter.export(shards)
+        ]
+    assert len(items) == exporter.num_buckets
+    return exporter.num_buckets, [bucket for bucket in items if bucket is not None]
 
 
 @pytest.fixture(scope="module")
@@ -124,24 +131,27 @@ def test_one_rank_s_wrong_shard_is_named_on_every_rank(folders: dict[str, Path])
     assert "rank 1 has decoder.final_layernorm.weight of shape (63,), not (64,)" in messages[0]
 
 
-def sync_to_nobody(rank: int, folder: Path, url: str) -> tuple[str, str]:
-    architecture = Architecture.from_hf(folder)
-    parallel = make_parallel_state(rank, tp=2)
-    shards = cut(architecture, hf_tensors(folder), parallel)
-    config = parse_config(
+def make_config(folder: Path, *urls: str) -> Config:
+    return parse_config(
         {
             "model": {"hf_path": str(folder), "dtype": "fp32"},
             "run": {"dir": "unused"},
             "data": {"train": "unused"},
             "algorithm": {"preset": "paper"},
-            "rollout": {"mode": "external", "urls": [url]},
+            "rollout": {"mode": "external", "urls": list(urls)},
         }
     )
-    weight_sync = WeightSync(config, architecture, parallel, [url])
+
+
+def sync_to_nobody(rank: int, folder: Path, url: str) -> tuple[str, str]:
+    architecture = Architecture.from_hf(folder)
+    parallel = make_parallel_state(rank, tp=2)
+    shards = cut(architecture, hf_tensors(folder), parallel)
+    weight_sync = WeightSync(make_config(folder, url), architecture, parallel, GivenEngines(url) if rank == 0 else None)
     messages = []
     for attempt in (
         lambda: weight_sync.sync(shards, 1),
-        lambda: weight_sync.verify_probe([1, 2, 3], torch.zeros(2)),
+        lambda: weight_sync.verify_start(shards, 1, engines_hold_policy=True),
     ):
         with pytest.raises(WeightSyncError if rank == 0 else PeerFailed) as error:
             attempt()
@@ -155,8 +165,48 @@ def test_an_engine_that_is_gone_fails_every_rank(folders: dict[str, Path]) -> No
 
     results = run_ranks(2, sync_to_nobody, folders["qwen2"], url)
 
-    for sync_message, probe_message in results:
-        assert "phase 'read the engine's layout'" in sync_message
-        assert "phase 'probe'" in probe_message
+    for sync_message, verify_message in results:
+        assert "no engine is left; phase 'read the engine's layout'" in sync_message
+        assert "no engine is left; phase 'pause'" in verify_message
         assert url in sync_message
-        assert url in probe_message
+        assert url in verify_message
+
+
+ENGINES = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
+
+
+def sync_again(rank: int, folder: Path) -> tuple[list[list[str]], set[str], dict[str, str], int]:
+    """What each push saw, the tensors of the last one, who was lost, and the bytes that this rank says were sent."""
+    architecture = Architecture.from_hf(folder)
+    parallel = make_parallel_state(rank, tp=2, pp=2)
+    shards = cut(architecture, hf_tensors(folder), parallel)
+    fleets: list[list[str]] = []
+    names: set[str] = set()
+
+    def push(
+        fleet: Fleet, transport: Transport, buckets: Iterator[Bucket], num_buckets: int, **settings: object
+    ) -> dict[str, float]:
+        fleets.append([endpoint.url for endpoint in fleet.endpoints])
+        names.update(next(buckets).names)
+        if len(fleets) < 3:
+            fleet.lose(fleet.endpoints[0], "load bucket 1", "it died")
+            raise SendAgainError
+        names.update(name for bucket in buckets for name in bucket.names)
+        return {}
+
+    sync.push = push
+    engines = GivenEngines(*ENGINES)
+    weight_sync = WeightSync(make_config(folder, *ENGINES), architecture, parallel, engines if rank == 0 else None)
+    stats = weight_sync.sync(shards, 1)
+    assert rank != 0 or engines.versions == {ENGINES[2]: 1}
+    return fleets, names, engines.failures, stats.num_bytes
+
+
+def test_every_rank_exports_again_for_the_engines_that_are_left(folders: dict[str, Path]) -> None:
+    fleets, names, failures, num_bytes = run_ranks(4, sync_again, folders["qwen2"])[0]
+
+    tensors = hf_tensors(folders["qwen2"])
+    assert fleets == [ENGINES, ENGINES[1:], ENGINES[2:]]
+    assert names == set(tensors)
+    assert list(failures) == ENGINES[:2]
+    assert num_bytes == sum(tensor.nbytes for tensor in tensors.values())

@@ -1,12 +1,13 @@
 """Log-probs and entropy over tensor-parallel ranks, in value and gradient, against fp64 over the whole vocabulary."""
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_gppo.algorithm import linear_logprobs_and_entropy, vocab_parallel_logprobs_and_entropy
+from megatron_gppo.algorithm import linear_logprobs_and_entropy, output_layer, vocab_parallel_logprobs_and_entropy
 from tests.support.distributed import run_ranks
 from tests.support.logprob_reference import (
     LogprobCase,
@@ -29,6 +30,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     from_logits: bool = False
     targets_at_edges: bool = False
+    bf16_instructions: bool = False
 
     def case(self, tp_size: int) -> LogprobCase:
         rows = self.rows_per_rank * tp_size
@@ -58,6 +60,10 @@ SETTINGS = {
     "sequence parallel, no token": Setting(0, 11, sequence_parallel=True),
     "bf16": Setting(9, 11, dtype=torch.bfloat16),
     "bf16, sequence parallel": Setting(12, 11, dtype=torch.bfloat16, sequence_parallel=True),
+    "bf16 instructions": Setting(9, 11, dtype=torch.bfloat16, bf16_instructions=True),
+    "bf16 instructions, sequence parallel": Setting(
+        12, 11, dtype=torch.bfloat16, sequence_parallel=True, bf16_instructions=True
+    ),
     "from logits": Setting(18, 2060, num_padding=3, temperature=0.6, from_logits=True, targets_at_edges=True),
     "from logits, only padding": Setting(9, 5, num_padding=6, from_logits=True),
 }
@@ -65,7 +71,11 @@ SETTINGS = {
 
 def compute_on_rank(rank: int) -> dict[str, LogprobResult]:
     """Each setting's results on this rank: hidden's gradient is the rank's share when sequence_parallel."""
-    return {name: compute(setting, dist.group.WORLD) for name, setting in SETTINGS.items()}
+    results = {}
+    for name, setting in SETTINGS.items():
+        with patch.object(output_layer, "has_bf16_instructions", lambda has=setting.bf16_instructions: has):
+            results[name] = compute(setting, dist.group.WORLD)
+    return results
 
 
 def compute(setting: Setting, tp_group: dist.ProcessGroup) -> LogprobResult:

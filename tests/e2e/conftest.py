@@ -1,7 +1,5 @@
 """One real SGLang server for all end-to-end tests of a session: starting one takes half a minute."""
 
-import json
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 from megatron_gppo.rollout.server import ManagedServer
 from tests.support.rollout import make_config
 from tests.support.tiny import make_tiny_model
+from tests.support.training import put_back
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +30,4 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def engine_url(server: ManagedServer, tiny_model: Path) -> Iterator[str]:
     """The session's server, which gets its weights back at the end."""
     yield server.url
-    body = {"model_path": str(tiny_model), "weight_version": "0", "flush_cache": True}
-    request = urllib.request.Request(
-        f"{server.url}/update_weights_from_disk",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request) as answer:
-        assert answer.status == 200
+    put_back(server.url, tiny_model)

@@ -21,7 +21,7 @@ from megatron_gppo.rollout.engine import Engine, EngineError
 from megatron_gppo.rollout.generate import EngineRollouts, RolloutCancelled, RolloutError
 from megatron_gppo.rollout.rewards import Rewards
 from megatron_gppo.rollout.server import ManagedServer
-from tests.support.fake_engine import FakeJudge
+from tests.support.fake_engine import FakeJudge, FixedEngines
 from tests.support.rollout import make_config, running_requests, wait_busy
 from tests.support.tiny import SPECIAL_TOKENS
 
@@ -95,7 +95,7 @@ def test_a_rollout_judged_by_math_verify(tiny_model: Path, server: ManagedServer
     pool = Rewards(RewardConfig(workers=1))
     try:
         rollouts = EngineRollouts(
-            config.rollout, [Engine(server.url)], Questions(tiny_model), pool, prompts_per_update=2
+            config.rollout, FixedEngines([Engine(server.url)]), Questions(tiny_model), pool, prompts_per_update=2
         )
         first, second = rollouts.next(0, 0), rollouts.next(1, 0)
         assert [group.prompt.row for group in first.groups + second.groups] == list(range(12))
@@ -108,7 +108,7 @@ def test_a_rollout_judged_by_math_verify(tiny_model: Path, server: ManagedServer
         # A random model answers nothing right, so no group is left to learn from.
         config = make_config(tiny_model, tmp_path, dynamic_sampling=True, max_refills=1)
         rollouts = EngineRollouts(
-            config.rollout, [Engine(server.url)], Questions(tiny_model), pool, prompts_per_update=2
+            config.rollout, FixedEngines([Engine(server.url)]), Questions(tiny_model), pool, prompts_per_update=2
         )
         with pytest.raises(RolloutError, match="all 8 groups had equal rewards"):
             rollouts.next(0, 0)
@@ -119,7 +119,7 @@ def test_a_rollout_judged_by_math_verify(tiny_model: Path, server: ManagedServer
 def test_weights_of_another_version_are_noticed(tiny_model: Path, server: ManagedServer, tmp_path: Path) -> None:
     config = make_config(tiny_model, tmp_path)
     rollouts = EngineRollouts(
-        config.rollout, [Engine(server.url)], Questions(tiny_model), FakeJudge(), prompts_per_update=2
+        config.rollout, FixedEngines([Engine(server.url)]), Questions(tiny_model), FakeJudge(), prompts_per_update=2
     )
     with pytest.raises(EngineError, match=r"weights of version 0, the policy has version 3"):
         rollouts.next(0, 3)
@@ -134,7 +134,7 @@ def test_a_rejected_prompt_is_an_error_with_what_the_server_said(tiny_model: Pat
 def test_cancel_stops_the_engine_too(tiny_model: Path, server: ManagedServer, tmp_path: Path) -> None:
     config = make_config(tiny_model, tmp_path, prompts_per_step=64, responses_per_prompt=8, max_response_tokens=1900)
     rollouts = EngineRollouts(
-        config.rollout, [Engine(server.url)], Questions(tiny_model), FakeJudge(), prompts_per_update=2
+        config.rollout, FixedEngines([Engine(server.url)]), Questions(tiny_model), FakeJudge(), prompts_per_update=2
     )
 
     def interrupt_when_busy() -> None:

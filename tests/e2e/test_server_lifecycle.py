@@ -14,7 +14,7 @@ import pytest
 from megatron_gppo.rollout.engine import Engine, EngineError
 from megatron_gppo.rollout.generate import EngineRollouts
 from megatron_gppo.rollout.server import ManagedServer, make_engine
-from tests.support.fake_engine import CountingPrompts, FakeJudge
+from tests.support.fake_engine import CountingPrompts, FakeJudge, FixedEngines
 from tests.support.rollout import make_config, processes_below, wait_busy, wait_gone
 
 TRAINER = """
@@ -52,13 +52,13 @@ def test_a_server_killed_while_it_generates(tiny_model: Path, tmp_path: Path) ->
         server.wait_ready()
 
         without_key = EngineRollouts(
-            config.rollout, [Engine(server.url)], CountingPrompts(), FakeJudge(), prompts_per_update=1
+            config.rollout, FixedEngines([Engine(server.url)]), CountingPrompts(), FakeJudge(), prompts_per_update=1
         )
         with pytest.raises(EngineError, match="HTTP 401"):
             without_key.next(0, 0)
 
         pids = processes_below(server.guard_pid)
-        engines = [make_engine(config.rollout, server.url, server)]
+        engines = FixedEngines([make_engine(config.rollout, server.url, server)])
         rollouts = EngineRollouts(config.rollout, engines, CountingPrompts(), FakeJudge(), prompts_per_update=1)
 
         def kill_when_busy() -> None:

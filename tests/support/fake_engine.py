@@ -2,10 +2,12 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Prompt, Response, Verdict
+from megatron_gppo.rollout.dispatch import Prospect
 from megatron_gppo.rollout.engine import Engine, EngineError
 
 
@@ -33,8 +35,50 @@ class FakeEngine(Engine):
         finally:
             self.in_flight -= 1
 
+    async def healthy(self) -> bool:
+        return True
+
     async def abort(self) -> None:
         self.aborts += 1
+
+
+class FixedEngines:
+    """Engines that serve until they are lost, and never come back. See EngineSource."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.engines = list(engines)
+        self.reasons: dict[str, str] = {}  # of the lost ones, by URL
+
+    def serving(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.url not in self.reasons]
+
+    def front(self) -> Engine | None:
+        return None
+
+    def lost(self, url: str, why: str) -> None:
+        assert url not in self.reasons
+        self.reasons[url] = why
+
+    def prospect(self) -> Prospect:
+        raise EngineError(f"no engine is left: {self.reasons}")
+
+    def take_counts(self) -> dict[str, int]:
+        return {}
+
+
+class ReturningEngines(FixedEngines):
+    """A lost engine comes back after some looks, in need of weights, until `given` is called."""
+
+    def __init__(self, engines: Sequence[Engine], looks: int = 3) -> None:
+        super().__init__(engines)
+        self.looks = looks
+
+    def prospect(self) -> Prospect:
+        self.looks -= 1
+        return "starting" if self.looks > 0 else "needs weights"
+
+    def given(self) -> None:
+        self.reasons.clear()
 
 
 class FakeJudge:

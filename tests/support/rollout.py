@@ -40,6 +40,12 @@ def processes_below(pid: int) -> list[int]:
     return found
 
 
+def is_engine(pid: int) -> bool:
+    """Whether it is SGLang's main process, not the guard, which has the same command as arguments."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"sglang.launch_server" in command and b"guard.py" not in command
+
+
 def wait_gone(pids: list[int], timeout_s: float) -> list[int]:
     """The processes of `pids` that are still there after `timeout_s`; zombies count as gone."""
     deadline = time.monotonic() + timeout_s

@@ -4,17 +4,33 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from megatron_gppo.convert import Architecture, MegatronCheckpoint, parameters
+from megatron_gppo.metrics import TAGS
 from megatron_gppo.policy.checkpoint import folder_name
 
 TIMEOUT_S = 400
+PROBE = [5, 14, 6, 13, 8, 20, 33, 40, 7, 7]
+NOT_IN_EVERY_RUN = {  # among the scalars of two steps
+    "policy/reference_kl",
+    "algorithm/entropy_target",
+    "engine/importance_weight",
+    "engine/importance_corrected",
+    "engine/routing_difference",
+    "entropy/covariance_correlation",
+    "memory/gpu_peak_gib",
+    "ratio/histogram",
+    "samples",
+}
 
 
 def write_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
@@ -47,7 +63,17 @@ def write_config(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
 
 def start_training(config: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
     """In a session of its own, as a terminal would give it a process group."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return _torchrun(["--standalone", "--nproc-per-node", str(ranks)], config, overrides)
+
+
+def start_node(config: Path, node: int, num_nodes: int, port: int, *overrides: str) -> subprocess.Popen[str]:
+    """As a node with one rank, all nodes being this machine; port: where the first one's torchrun listens."""
+    nodes = ["--nnodes", str(num_nodes), "--node-rank", str(node), "--nproc-per-node", "1"]
+    return _torchrun([*nodes, "--master-addr", "127.0.0.1", "--master-port", str(port)], config, overrides)
+
+
+def _torchrun(options: list[str], config: Path, overrides: Sequence[str]) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
     return subprocess.Popen(
         [*launcher, "-m", "megatron_gppo.train", "--config", str(config), *overrides],
         stdout=subprocess.PIPE,
@@ -80,3 +106,50 @@ def saved_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     checkpoint = MegatronCheckpoint(run / "checkpoints" / folder_name(step))
     architecture: Architecture = checkpoint.architecture()
     return {parameter.name: checkpoint.read(parameter) for parameter in parameters(architecture)}
+
+
+def lines_until(process: subprocess.Popen[str], wanted: str) -> str:
+    """What the process prints up to the first line that holds `wanted`."""
+    printed = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        printed.append(line)
+        if wanted in line:
+            return "".join(printed)
+    raise AssertionError("".join(printed)[-6000:])
+
+
+def check_learned(output: str, run: Path) -> None:
+    """Of a run of write_config's two steps: all that is logged, log-probs that agree with the engine's, tokens that were clipped."""
+    assert " 1/2 " in output
+    assert " 2/2 " in output
+    logged = scalars(run)
+    assert set(logged) - {"engine/routing_difference"} == set(TAGS) - NOT_IN_EVERY_RUN
+    assert max(logged["ratio/first_update_max_deviation"]) < 1e-5
+    assert max(logged["engine/logprob_difference_max"]) < 1e-4
+    outside = [
+        left + right for left, right in zip(logged["ratio/left_of_clip"], logged["ratio/right_of_clip"], strict=True)
+    ]
+    assert min(outside) > 0, "no ratio ever left the clip range"
+    assert min(logged["policy/grad_norm"]) > 0
+    assert max(logged["policy/skipped_updates"]) == 0
+
+
+def put_back(url: str, model: Path) -> None:
+    """Gives a server the weights of a folder, as version 0."""
+    body = {"model_path": str(model), "weight_version": "0", "flush_cache": True}
+    request = urllib.request.Request(
+        f"{url}/update_weights_from_disk",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200
+
+
+def hf_logprobs(folder: Path) -> torch.Tensor:
+    """[L-1] of PROBE."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROBE])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(PROBE[1:])[:, None])[:, 0]

@@ -48,7 +48,10 @@ def test_table() -> None:
     tags = {tag for tag, _ in COLUMNS.values()}
     one, other = ({tag: {1: value, 2: value + 1} for tag in tags} for value in (1.0, 3.0))
     table = markdown_table({"A": [one, other], "B": [one]})
-    assert table.splitlines()[2] == "| A | 2 ± 1.4 | 3 ± 1.4 | 2.5 ± 1.4 | 2.5 ± 1.4 | 3 ± 1.4 | 2.5 ± 1.4 | 2.5 ± 1.4 | 3 ± 1.4 |"
+    assert (
+        table.splitlines()[2]
+        == "| A | 2 ± 1.4 | 3 ± 1.4 | 2.5 ± 1.4 | 2.5 ± 1.4 | 3 ± 1.4 | 2.5 ± 1.4 | 2.5 ± 1.4 | 3 ± 1.4 |"
+    )
     assert table.splitlines()[3] == "| B | 1 | 2 | 1.5 | 1.5 | 2 | 1.5 | 1.5 | 2 |"
 
 

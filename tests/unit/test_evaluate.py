@@ -19,7 +19,7 @@ from megatron_gppo.evaluate.report import Report, console_table, markdown, read_
 from megatron_gppo.metrics import is_documented
 from megatron_gppo.rollout.engine import EngineError
 from megatron_gppo.rollout.generate import RolloutCancelled
-from tests.support.fake_engine import FakeEngine, FakeJudge
+from tests.support.fake_engine import FakeEngine, FakeJudge, FixedEngines
 from tests.support.rollout import make_config
 from tests.support.tiny import make_tiny_tokenizer
 
@@ -46,7 +46,7 @@ class CountingEngine(FakeEngine):
 
 def evaluator(engine: FakeEngine, *benchmarks: Benchmark, judge: Any = None) -> Evaluator:
     config = make_config(Path("model"), Path("run"))
-    return Evaluator(config.rollout, config.reward, [engine], judge or FakeJudge({0}), benchmarks)
+    return Evaluator(config.rollout, config.reward, FixedEngines([engine]), judge or FakeJudge({0}), benchmarks)
 
 
 def test_from_problems_to_a_report(tmp_path: Path) -> None:

@@ -6,10 +6,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_gppo.algorithm import linear_logprobs_and_entropy, vocab_parallel_logprobs_and_entropy, vocabulary
+from megatron_gppo.algorithm import (
+    linear_logprobs_and_entropy,
+    output_layer,
+    vocab_parallel_logprobs_and_entropy,
+    vocabulary,
+)
 from tests.support.logprob_reference import LogprobCase, random_case, reference_logprobs, relative_error
 
 FP32_TOLERANCE = 5e-6
+
+
+@pytest.fixture(params=[False, True], ids=["CPU without bf16", "CPU with bf16"])
+def bf16_instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of forming bf16 products on a CPU, whichever this one would take."""
+    monkeypatch.setattr(output_layer, "has_bf16_instructions", lambda: request.param)
+    return request.param
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -81,7 +93,9 @@ def test_from_logits_equals_linear_and_leaves_them_unmodified(temperature: float
 
 
 @pytest.mark.parametrize("entropy_requires_grad", [False, True])
-def test_bf16_is_no_worse_than_fp32_softmax_over_bf16_logits(entropy_requires_grad: bool) -> None:
+def test_bf16_is_no_worse_than_fp32_softmax_over_bf16_logits(
+    entropy_requires_grad: bool, bf16_instructions: bool
+) -> None:
     case = random_case(64, 128, 4500, 4481, dtype=torch.bfloat16)
     case.weight /= 8
     expected = reference_logprobs(case, 1.0, entropy_requires_grad)
@@ -109,6 +123,45 @@ def test_bf16_is_no_worse_than_fp32_softmax_over_bf16_logits(entropy_requires_gr
     theirs = errors(all_logprobs.gather(1, case.targets[:, None])[:, 0], entropy, hidden, weight)
     for our_error, their_error in zip(ours, theirs, strict=True):
         assert our_error <= their_error
+    if not bf16_instructions:  # nothing is rounded but the gradients
+        assert max(ours[:2]) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_main_grad_is_added_to(dtype: torch.dtype, bf16_instructions: bool) -> None:
+    """Two micro-batches; the weight gets no gradient of its own, and padding rows nothing."""
+    cases = [random_case(9, 16, 4500, 4481, dtype, seed) for seed in (0, 1)]
+    weight = leaf(cases[0].weight / 4)
+    before = torch.randn(weight.shape)
+    main_grad = before.clone()
+    expected = torch.zeros(weight.shape, dtype=torch.float64)
+    for case in cases:
+        case.weight = weight.detach()
+        values, _ = linear_logprobs_and_entropy(
+            leaf(case.hidden), weight, case.targets, vocab_size=case.vocab_size, main_grad=main_grad
+        )
+        (values * case.grad_logprobs).sum().backward()
+        expected += reference_logprobs(case, 1.0, False).grad_weight
+    assert weight.grad is None
+    assert torch.equal(main_grad[4481:], before[4481:])
+    assert relative_error(main_grad - before, expected) < (FP32_TOLERANCE if dtype == torch.float32 else 5e-3)
+
+
+def test_wrong_main_grad_is_named() -> None:
+    with pytest.raises(ValueError, match=r"main_grad is \[10, 4\] torch.bfloat16"):
+        linear_logprobs_and_entropy(**GOOD, main_grad=torch.zeros(10, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits_give_no_nan(dtype: torch.dtype, bf16_instructions: bool) -> None:
+    case = random_case(5, 8, 20, 17, dtype)
+    hidden, weight = leaf(case.hidden * 1e4), leaf(case.weight * 1e4)
+    values, entropy = linear_logprobs_and_entropy(
+        hidden, weight, case.targets, vocab_size=17, entropy_requires_grad=True
+    )
+    backward(case, values, entropy, entropy_requires_grad=True)
+    for tensor in (values, entropy, hidden.grad, weight.grad):
+        assert tensor.isfinite().all()
 
 
 def test_no_token() -> None:
@@ -205,11 +258,12 @@ class RecordSizes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_nothing_the_size_of_the_logits_exists(with_entropy: bool) -> None:
+def test_nothing_the_size_of_the_logits_exists(with_entropy: bool, dtype: torch.dtype, bf16_instructions: bool) -> None:
     """One tile is the largest tensor of forward and backward, and O(T) is kept between the two."""
     tokens, rows = 300, 40_000
-    case = random_case(tokens, 4, rows, rows)
+    case = random_case(tokens, 4, rows, rows, dtype)
     hidden, weight = leaf(case.hidden), leaf(case.weight)
     kept: list[Tensor] = []
     options = {"with_entropy": with_entropy, "entropy_requires_grad": with_entropy}
@@ -224,7 +278,7 @@ def test_nothing_the_size_of_the_logits_exists(with_entropy: bool) -> None:
     assert max(record.sizes[:forward]) == max(record.sizes[forward:]) == tile
     inputs = {hidden.data_ptr(), weight.data_ptr()}
     assert all(x.numel() == tokens for x in kept if x.data_ptr() not in inputs)
-    assert len(kept) <= 7
+    assert len(kept) <= 7 + (dtype == torch.bfloat16 and bf16_instructions)  # the centre
 
 
 GOOD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(10, 4), "targets": torch.zeros(3, dtype=torch.int64)}

@@ -118,6 +118,12 @@ def test_rollout_scalars() -> None:
         "rollout/surplus_groups": 0,
         "rollout/retried_requests": 1,
         "rollout/timed_out_requests": 0,
+        "rollout/moved_requests": 0,
+        "rollout/malformed_answers": 0,
+        "rollout/lost_engines": 0,
+        "rollout/restarted_engines": 0,
+        "rollout/serving_engines": 0,
+        "rollout/aborted_groups": 0,
         "seconds/generate": 2.0,
         "seconds/reward": 0.5,
         "throughput/generated_tokens_per_s": 11.0,
@@ -243,7 +249,7 @@ def test_what_is_logged_is_what_is_documented(tmp_path: Path) -> None:
     updates = [make_stats(ratios=[1.0, 1.5])]
     trace = [EntropyPoint(0.1, 1.0), EntropyPoint(0.2, 0.9), EntropyPoint(0.3, 0.7), EntropyPoint(0.1, 0.6)]
     scalars = step_scalars(rollout, updates, trace, phases.seconds)
-    scalars |= in_force_scalars([InForce(LOSS, lr=1e-6, entropy_target=0.4)])
+    scalars |= in_force_scalars([InForce(LOSS, lr=1e-6, entropy_target=0.4)]) | {"engine/routing_difference": 0.0}
     with make_logger(tmp_path) as logger:
         logger.log_step(1, scalars, sample_texts(rollout, 2), step_histograms(updates))
     tags = read_tensorboard(tmp_path).Tags()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_gppo.config import Config, ConfigError, parse_config
 from megatron_gppo.convert import Architecture
-from megatron_gppo.plan import Memory, make_plan, render
+from megatron_gppo.plan import make_plan, render
 from tests.support.tiny import make_tiny_model
 
 # Small enough to count by hand: 4 query heads and 2 KV heads of 2, so that q is 8 x 8 and k and v are 4 x 8.
@@ -75,7 +75,7 @@ def test_batches_and_steps() -> None:
 )
 def test_parameters_per_rank(layout: dict[str, int], per_rank: int) -> None:
     plan = make_plan(make_config(parallel=layout), TINY, world_size=4)
-    assert plan.num_parameters_per_rank == per_rank
+    assert max(stage.parameters for stage in plan.stages) == per_rank
     assert plan.num_parameters == 2 * VOCABULARY + 4 * LAYER + FINAL_NORM
 
 
@@ -84,7 +84,7 @@ def test_last_stage_of_a_tied_model_holds_a_copy_of_the_embedding(tmp_path: Path
     untied = Architecture.from_hf(make_tiny_model(tmp_path / "untied"))
     config = make_config(parallel={"pp": 2})
     plans = [make_plan(config, architecture, world_size=2) for architecture in (tied, untied)]
-    assert plans[0].num_parameters_per_rank == plans[1].num_parameters_per_rank
+    assert [stage.parameters for stage in plans[0].stages] == [stage.parameters for stage in plans[1].stages]
     assert plans[0].num_parameters < plans[1].num_parameters
 
 
@@ -104,8 +104,10 @@ def test_memory(dtype: str, distributed: bool, weight_bytes: int, optimizer_byte
     config = make_config(model={"dtype": dtype}, optimizer={"distributed": distributed})
     plan = make_plan(config, TINY, world_size=2)
     count = plan.num_parameters
-    assert plan.memory == Memory(count * weight_bytes, count * 4, count * optimizer_bytes)
-    assert plan.memory.total == count * (weight_bytes + 4 + optimizer_bytes)
+    memory = plan.memory
+    assert (memory.weights, memory.gradients) == (count * weight_bytes, count * 4)
+    assert memory.optimizer == count * optimizer_bytes
+    assert memory.total == count * (weight_bytes + 4 + optimizer_bytes) + memory.activations + memory.working
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("bf16", 2), ("fp32", 4)])
@@ -113,9 +115,9 @@ def test_memory_of_a_reference_policy(dtype: str, bytes_each: int) -> None:
     """A copy of the rank's weights, in host memory: it does not count where activations have to fit, too."""
     config = make_config(model={"dtype": dtype}, algorithm={"kl_coef": 0.1})
     plan, without = make_plan(config, TINY, world_size=2), make_plan(make_config(model={"dtype": dtype}), TINY, 2)
-    assert plan.memory.reference == plan.num_parameters_per_rank * bytes_each
+    assert plan.memory.reference == plan.memory.parameters * bytes_each
     assert plan.memory.total == without.memory.total
-    assert f"more on that rank, in host memory: the initial weights ({dtype})" in render(plan)
+    assert f"more on the fullest rank, in host memory: the initial weights ({dtype})" in render(plan)
     assert "reference" not in render(without)
 
 
@@ -129,7 +131,9 @@ def test_rendered_plan_names_every_number() -> None:
         "8 prompts, 32 samples, at most 6,144 tokens; about 16 samples a data-parallel rank",
         "at most 512 tokens; the longest sample has 192",
         "fp32 master weights and two moments, sharded over dp 2",
-        "not counted: activations",
+        "activations of full micro-batches, recompute: none",
+        "not counted: CUDA's context",
+        "GiB of weights on each of rollout.engine_tp = 1 GPUs",
     ):
         assert expected in text
     assert "sharded" not in render(make_plan(make_config(), TINY, world_size=1))
@@ -208,7 +212,7 @@ def test_experts_are_shared_out_and_their_optimizer_state_over_their_copies() ->
     matrices = MATRICES - 3 * 12 * 8
     dense = 2 * 6 * 8 + 4 * (matrices // 2 + NORMS + ROUTER) + FINAL_NORM
     experts = 4 * 2 * EXPERT
-    assert plan.num_parameters_per_rank == dense + experts
+    assert plan.memory.parameters == dense + experts
     assert plan.num_parameters == 2 * VOCABULARY + 4 * (matrices + NORMS + ROUTER + 6 * EXPERT) + FINAL_NORM
     # tp 2 leaves 6 replicas of the rest; 12 ranks in threes hold 4 copies of the experts.
     assert plan.memory.optimizer == 12 * (-(-dense // 6) + experts // 4)

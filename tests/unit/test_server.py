@@ -9,9 +9,10 @@ import pytest
 from megatron_gppo.config import ConfigError
 from megatron_gppo.rollout import cpu_engine
 from megatron_gppo.rollout.engine import EngineError
+from megatron_gppo.rollout.launch import launched_engines
+from megatron_gppo.rollout.placement import EnginePlace, only_place
 from megatron_gppo.rollout.server import (
     ManagedServer,
-    launched_engines,
     server_command,
     server_environment,
     wait_healthy,
@@ -23,7 +24,8 @@ ON_CPU = [False, True]
 
 def command(monkeypatch: pytest.MonkeyPatch, on_cpu: bool, **rollout: Any) -> list[str]:
     monkeypatch.setattr(cpu_engine, "is_needed", lambda: on_cpu)
-    return server_command(make_config(Path("/models/qwen"), Path("run"), **rollout), 30000)
+    config = make_config(Path("/models/qwen"), Path("run"), **rollout)
+    return server_command(config, 30000, only_place(config.rollout))
 
 
 def value_of(arguments: list[str], flag: str) -> str:
@@ -72,7 +74,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, on_cpu: bool) -> None:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("PYTHONPATH", "/mine")
-    environment = server_environment(engine_tp=2)
+    environment = server_environment(EnginePlace(0, 0, 2, None))
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK", "ROLE_NAME"} & set(
         environment
     )
@@ -115,9 +117,9 @@ def test_external_servers_must_answer(tmp_path: Path) -> None:
     config = make_config(tmp_path, tmp_path, mode="external", urls=["http://127.0.0.1:1"], start_timeout_s=0.1)
     with (
         pytest.raises(EngineError, match=r"http://127.0.0.1:1 was not healthy within rollout.start_timeout_s = 0.1 s"),
-        launched_engines(config, tmp_path / "log") as wait_for_engines,
+        launched_engines(config) as engines,
     ):
-        wait_for_engines()
+        engines.wait_ready()
 
 
 def test_a_url_without_a_scheme_is_an_error() -> None:

@@ -30,6 +30,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     printed = capsys.readouterr().out
     assert "8 = dp 2 x tp 2 x pp 2" in printed
     assert "4 optimizer steps" in printed
+    assert "builds       Megatron's model of every stage, on the meta device as one of 8 ranks" in printed
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -16,23 +16,28 @@ from megatron_gppo.datatypes import Prompt, Response, Rollout, Verdict
 from megatron_gppo.evaluate import Evaluator, Report
 from megatron_gppo.evaluate import training as training_module
 from megatron_gppo.evaluate.training import TrainingEvaluations, evaluate_if_due, is_complete, is_due
-from megatron_gppo.rollout.engine import EngineError
+from megatron_gppo.rollout.engine import EngineError, EngineFaultError
 from megatron_gppo.rollout.generate import EngineRollouts
-from tests.support.fake_engine import FakeEngine, FakeJudge
+from tests.support.fake_engine import FakeEngine, FakeJudge, FixedEngines, ReturningEngines
 from tests.support.policy_shards import SINGLE
 from tests.support.rollout import make_config
 from tests.unit.test_evaluate import benchmark
 
 
 def make(
-    run_dir: Path, engine: FakeEngine, *, judge: Any = None, step: int = 0, **eval_config: Any
+    run_dir: Path, engine: FakeEngine | FixedEngines, *, judge: Any = None, step: int = 0, **eval_config: Any
 ) -> tuple[Config, TrainingEvaluations, list[tuple[int, Report]]]:
     config = make_config(Path("model"), run_dir).model_copy(update={"eval": EvalConfig(**{"every": 2, **eval_config})})
     problems = benchmark("b", range(100, 110))
-    evaluator = Evaluator(config.rollout, config.reward, [engine], judge or FakeJudge(), [problems])
+    engines = engine if isinstance(engine, FixedEngines) else FixedEngines([engine])
+    evaluator = Evaluator(config.rollout, config.reward, engines, judge or FakeJudge(), [problems])
     reports: list[tuple[int, Report]] = []
     found = TrainingEvaluations(config, evaluator, lambda step, report: reports.append((step, report)), step=step)
     return config, found, reports
+
+
+def no_weights() -> None:
+    raise AssertionError
 
 
 def test_when_it_is_due() -> None:
@@ -46,7 +51,7 @@ def test_each_step_is_evaluated_once_even_across_a_resume(tmp_path: Path) -> Non
     config, evaluations, reports = make(tmp_path, engine)
     for step in range(5):
         engine.version = step
-        evaluate_if_due(config, SINGLE, evaluations, step)
+        evaluate_if_due(config, SINGLE, evaluations, step, no_weights)
         assert is_complete(config, step)
     assert [step for step, _ in reports] == [0, 2, 4]
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == [f"step_0000000{n}" for n in (0, 2, 4)]
@@ -57,7 +62,7 @@ def test_each_step_is_evaluated_once_even_across_a_resume(tmp_path: Path) -> Non
     _, evaluations, reports = make(tmp_path, engine, step=2)
     for step in (2, 4):
         engine.version = step
-        evaluate_if_due(config, SINGLE, evaluations, step)
+        evaluate_if_due(config, SINGLE, evaluations, step, no_weights)
     assert [step for step, _ in reports] == [4]
     assert by_command.exists(), "megatron-gppo eval's"
 
@@ -76,13 +81,13 @@ def test_an_interrupted_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config, evaluations, reports = make(tmp_path, FakeEngine(), judge=Stalls())
     canceller = threading.Thread(target=lambda: (at_work.wait(60), evaluations.cancel()))
     canceller.start()
-    evaluate_if_due(config, SINGLE, evaluations, 0)  # returns: the caller asks what was requested
+    evaluate_if_due(config, SINGLE, evaluations, 0, no_weights)  # returns: the caller asks what was requested
     canceller.join()
     assert reports == []
     assert not is_complete(config, 0)
     engine = FakeEngine()
     _, evaluations, reports = make(tmp_path, engine)
-    evaluate_if_due(config, SINGLE, evaluations, 0)
+    evaluate_if_due(config, SINGLE, evaluations, 0, no_weights)
     assert engine.finished < 10
     assert [report.scores["b"].problems for _, report in reports] == [10]
 
@@ -90,7 +95,24 @@ def test_an_interrupted_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_failure_reaches_the_training_loop(tmp_path: Path) -> None:
     config, evaluations, _ = make(tmp_path, FakeEngine(fails_on=105))
     with pytest.raises(EngineError, match="prompt 105 failed"):
-        evaluate_if_due(config, SINGLE, evaluations, 0)
+        evaluate_if_due(config, SINGLE, evaluations, 0, no_weights)
+
+
+def test_engines_that_came_back_are_given_the_weights(tmp_path: Path) -> None:
+    class DiesOnce(FakeEngine):
+        async def generate(self, *arguments: Any) -> list[Response]:
+            if self.finished == 4:
+                self.finished += 1
+                raise EngineFaultError("it died")
+            return await super().generate(*arguments)
+
+    engine = DiesOnce()
+    engines = ReturningEngines([engine])
+    config, evaluations, reports = make(tmp_path, engines)
+    evaluate_if_due(config, SINGLE, evaluations, 0, engines.given)
+    assert not engines.reasons
+    assert [report.scores["b"].problems for _, report in reports] == [10]
+    assert engine.finished < 20, "what was done before was kept"
 
 
 def test_training_is_what_it_would_have_been(tmp_path: Path) -> None:
@@ -106,15 +128,17 @@ def test_training_is_what_it_would_have_been(tmp_path: Path) -> None:
         for first, last in ((0, resume_after), (resume_after, 6)):  # two processes of a run that is interrupted
             config, evaluations, _ = make(folder, engine, step=first, every=every, before_training=True)
             stream = PromptStream(prompts, shuffle=True, seed=1, position=position)
-            source = EngineRollouts(config.rollout, [engine], stream, FakeJudge({3}), prompts_per_update=1)
+            source = EngineRollouts(
+                config.rollout, FixedEngines([engine]), stream, FakeJudge({3}), prompts_per_update=1
+            )
             engine.version = first
-            evaluate_if_due(config, SINGLE, evaluations, first)
+            evaluate_if_due(config, SINGLE, evaluations, first, no_weights)
             for step in range(first + 1, last + 1):
                 rollout = source.next(step, policy_version=step - 1)
                 rollouts.append(Rollout(rollout.groups, rollout.counts, {}))
                 draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
                 engine.version = step
-                evaluate_if_due(config, SINGLE, evaluations, step)
+                evaluate_if_due(config, SINGLE, evaluations, step, no_weights)
             position = stream.position
         return rollouts, draws
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from hypothesis import strategies as st
 from megatron_gppo.config import ConfigError, parse_config
 from megatron_gppo.convert import Architecture, Parameter, parameters
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
-from megatron_gppo.weight_sync.endpoint import WeightEndpoint
-from megatron_gppo.weight_sync.export import Bucket, Exporter
-from megatron_gppo.weight_sync.push import WeightPusher
-from megatron_gppo.weight_sync.verify import check_restored, compare_logprobs, reset_weights
+from megatron_gppo.weight_sync.bucket import Bucket
+from megatron_gppo.weight_sync.distributed import DistributedTransport
+from megatron_gppo.weight_sync.endpoint import EngineTensor, WeightEndpoint
+from megatron_gppo.weight_sync.export import Exporter
+from megatron_gppo.weight_sync.fleet import Fleet
+from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs, unlike
 from tests.support.policy_shards import SINGLE
+from tests.support.synced_engines import GivenEngines
 
 ARCHITECTURE = Architecture(
     name="Qwen2ForCausalLM",
@@ -56,6 +60,12 @@ def make_model(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.
     return hf, {parameter.name: parameter.from_hf(hf) for parameter in TABLE}
 
 
+def copied(bucket: Bucket | None) -> Bucket:
+    """As it is now: the exporter fills its memory again."""
+    assert bucket is not None
+    return replace(bucket, data=bucket.data.clone())
+
+
 def bytes_of(parameter: Parameter, dtype: torch.dtype) -> int:
     return dtype.itemsize * torch.Size(parameter.shape).numel()
 
@@ -63,7 +73,7 @@ def bytes_of(parameter: Parameter, dtype: torch.dtype) -> int:
 def test_a_bucket_is_its_tensors_one_behind_the_other() -> None:
     a, b = torch.randn(2, 3).bfloat16(), torch.randn(4).bfloat16()
 
-    bucket = Bucket.flatten([("a", a), ("b", b)], torch.bfloat16)
+    bucket = Bucket.flatten([("a", a), ("b", b.float())], torch.bfloat16, torch.empty(23, dtype=torch.uint8))
 
     assert bucket.data.dtype == torch.uint8
     assert bytes(bucket.data.tolist()) == bytes(torch.cat([a.flatten(), b]).view(torch.uint8).tolist())
@@ -78,14 +88,18 @@ def test_every_tensor_is_in_one_bucket_in_order_and_buckets_are_full(bucket_byte
     hf, shards = make_model()
     exporter = Exporter(TABLE, shards, SINGLE, dtype, bucket_bytes)
 
-    buckets = list(exporter.export(shards))
+    buckets = [copied(bucket) for bucket in exporter.export(shards)]
 
-    assert [name for bucket in buckets for name in bucket.names] == [n for p in TABLE for n in p.hf_names]
+    assert (
+        exporter.names
+        == [name for bucket in buckets for name in bucket.names]
+        == [n for p in TABLE for n in p.hf_names]
+    )
     for bucket in buckets:
         for name, tensor in bucket.tensors().items():
             assert torch.equal(tensor, hf[name].to(dtype)), name
     sizes = [bucket.data.numel() for bucket in buckets]
-    assert len(sizes) == exporter.num_buckets
+    assert sizes == [exporter.bytes_of(number) for number in range(exporter.num_buckets)]
     assert sum(sizes) == exporter.num_bytes == sum(bytes_of(parameter, dtype) for parameter in TABLE)
     first_of = {parameter.hf_names[0]: parameter for parameter in TABLE}
     for bucket in buckets:
@@ -143,7 +157,7 @@ def test_loopback_cannot_be_reached_from_another_machine(tmp_path: Path) -> None
     with pytest.raises(
         ConfigError, match=r"sync.host = 127.0.0.1 cannot be reached from .*10.0.0.5.* Fix: set sync.host"
     ):
-        WeightSync(config, ARCHITECTURE, SINGLE, ["http://10.0.0.5:30000"])
+        WeightSync(config, ARCHITECTURE, SINGLE, GivenEngines("http://10.0.0.5:30000")).sync(make_model()[1], 1)
 
 
 class Peer:
@@ -199,9 +213,9 @@ def peer() -> Iterator[Peer]:
 
 
 def test_the_api_key_is_sent(peer: Peer) -> None:
-    WeightEndpoint(peer.url, "secret", 10).pause()
+    WeightEndpoint(peer.url, "secret", 10).pause("retract")
     assert peer.authorization == "Bearer secret"
-    assert peer.calls == [("/pause_generation", {"mode": "abort"})]
+    assert peer.calls == [("/pause_generation", {"mode": "retract"})]
 
 
 def test_a_server_without_update_sessions(peer: Peer) -> None:
@@ -242,39 +256,55 @@ def test_an_engine_that_does_not_answer(peer: Peer) -> None:
 def test_an_engine_of_several_data_parallel_ranks_is_refused(peer: Peer) -> None:
     peer.answers["/server_info"] = (200, {"tp_size": 1, "pp_size": 1, "dp_size": 2})
     with pytest.raises(WeightSyncError, match=r"dp_size = 2.* Fix: start several servers"):
-        WeightPusher([WeightEndpoint(peer.url, None, 10)], "127.0.0.1", 10).join(torch.device("cpu"))
+        WeightEndpoint(peer.url, None, 10).process()
+
+
+def test_the_gpus_of_an_engine(peer: Peer) -> None:
+    peer.answers["/server_info"] = (200, {"tp_size": 2, "base_gpu_id": 4, "gpu_id_step": 2})
+    assert WeightEndpoint(peer.url, None, 10).process().gpus == (4, 6)
+    assert WeightEndpoint(peer.url, None, 10, gpus=[2, 3]).process().gpus == (2, 3)
+
+
+def join(*peers: Peer, timeout_s: float) -> Fleet:
+    fleet = Fleet([WeightEndpoint(peer.url, None, timeout_s) for peer in peers])
+    for peer in peers:
+        peer.answers["/server_info"] = (200, {"tp_size": 1})
+    processes = fleet.on_all("look", WeightEndpoint.process)
+    DistributedTransport("127.0.0.1", timeout_s).prepare(fleet, processes, torch.device("cpu"))
+    return fleet
 
 
 def test_an_engine_that_refuses_the_group_ends_the_wait(peer: Peer) -> None:
-    peer.answers["/server_info"] = (200, {"tp_size": 1})
     peer.answers["/init_weights_update_group"] = (400, {"message": "Failed to initialize custom process group"})
-    pusher = WeightPusher([WeightEndpoint(peer.url, None, 10)], "127.0.0.1", 10)
     with pytest.raises(WeightSyncError, match=f"phase 'join group': {peer.url}.* 400: Failed to initialize"):
-        pusher.join(torch.device("cpu"))
+        join(peer, timeout_s=10)
     _, body = peer.calls[-1]
     assert (body["rank_offset"], body["world_size"], body["backend"]) == (1, 2, "gloo")
 
 
 def test_an_engine_that_never_joins_is_named(peer: Peer) -> None:
-    peer.answers["/server_info"] = (200, {"tp_size": 1})
     peer.answers["/init_weights_update_group"] = threading.Event()
-    pusher = WeightPusher([WeightEndpoint(peer.url, None, 1)], "127.0.0.1", 1)
     with pytest.raises(WeightSyncError, match=f"phase 'join group'.*{peer.url}"):
-        pusher.join(torch.device("cpu"))
+        join(peer, timeout_s=1)
 
 
-def checksums(**by_name: str) -> dict[str, Any]:
-    return {"ranks": [{"checksums": by_name, "parallelism_info": [{"tp_rank": 0}]}]}
+def named(**by_name: str) -> dict[EngineTensor, str]:
+    return {EngineTensor(name, 0): checksum for name, checksum in by_name.items()}
 
 
-def test_a_tensor_that_the_reset_leaves_alone_is_named(peer: Peer) -> None:
-    peer.answers["/weights_checker"] = (200, checksums(embedding="1"))
-    with pytest.raises(WeightSyncError, match=r"did not reset embedding \(tp rank 0\)"):
-        reset_weights(WeightEndpoint(peer.url, None, 10))
+def test_a_tensor_that_the_reset_leaves_alone_is_named() -> None:
+    with pytest.raises(WeightSyncError, match=r"http://e did not reset embedding \(tp rank 0\)"):
+        check_reset("http://e", named(embedding="1", norm="2"), named(embedding="1", norm="3"))
 
 
-def test_tensors_that_are_not_restored_are_counted_and_named(peer: Peer) -> None:
-    before = {f"{name} (tp rank 0)": "1" for name in "abcdefghijklm"}
-    peer.answers["/weights_checker"] = (200, checksums(a="1"))
+def test_tensors_that_are_not_restored_are_counted_and_named() -> None:
+    before = named(**dict.fromkeys("abcdefghijklm", "1"))
     with pytest.raises(WeightSyncError, match=r"12 of 13 tensors .*: b \(tp rank 0\), .*k \(tp rank 0\) and 2 more\."):
-        check_restored(WeightEndpoint(peer.url, None, 10), before)
+        check_restored("http://e", before, named(a="1"))
+
+
+def test_experts_are_compared_as_sets() -> None:
+    policy = torch.tensor([[[0, 3], [1, 2]]])
+    assert unlike(policy, torch.tensor([[[3, 0], [1, 2]]])) == 0
+    assert unlike(policy, torch.tensor([[[0, 1], [1, 2]]])) == 0.25
+    assert unlike(policy, torch.tensor([[[1, 2], [0, 3]]])) == 1

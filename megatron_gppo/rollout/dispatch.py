@@ -1,0 +1,259 @@
+"""Requests to engines as their slots free up, away from engines that fail.
+
+What holds, and is tested: an engine has at most `concurrency` requests in flight, and a free slot never waits while a
+request does; all responses of one request come from one engine; a request whose engine dies, hangs or answers nonsense
+starts anew on another; an engine that was lost gets no request; when a piece of work fails, is cancelled or has enough,
+nothing of it goes on in the engines.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from megatron_gppo.config import RolloutConfig, SamplingConfig
+from megatron_gppo.datatypes import Response
+from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, MalformedAnswerError
+
+WATCH_INTERVAL_S = 1.0
+HEALTH_INTERVAL_S = 15.0
+HEALTH_RETRY_S = 2.0
+
+Prospect = Literal["needs weights", "starting"]
+
+
+class EnginesNeedWeights(Exception):  # noqa: N818 - asked for, so not an error
+    """No engine serves, but one is up and waits for the current weights: sync, and go on."""
+
+
+class EngineSource(Protocol):
+    """Which engines there are (pool.EnginePool)."""
+
+    def serving(self) -> Sequence[Engine]:
+        """Those that may generate: healthy, with the current weights."""
+
+    def front(self) -> Engine | None:
+        """The router that stands in front of all that serve, if there is one."""
+
+    def lost(self, url: str, why: str) -> None:
+        """This one failed. Returns at once; it serves no more until it was restarted and given the weights."""
+
+    def prospect(self) -> Prospect:
+        """What to wait for when none serves. Raises EngineError when none comes back."""
+
+    def take_counts(self) -> Mapping[str, int]:
+        """Events since the last call, and how many serve now."""
+
+
+class Dispatcher:
+    """Sends requests to engines, within one event loop: use as an async context manager, or through all()."""
+
+    def __init__(self, engines: EngineSource, config: RolloutConfig, *, concurrency: int) -> None:
+        self._engines = engines
+        self._concurrency = concurrency
+        self._health_timeout_s = config.health_timeout_s
+        self._max_moves = config.max_retries
+        self._in_flight: Counter[Engine] = Counter()
+        self._lost: dict[Engine, asyncio.Future[str]] = {}  # of engines in use: set to the reason when they are lost
+        self._connected: list[Engine] = []
+        self._changed = asyncio.Condition()
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Dispatcher":
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._watcher is not None
+        self._watcher.cancel()
+        await asyncio.gather(self._watcher, return_exceptions=True)
+        for engine in self._connected:
+            await engine.disconnect()
+        self._connected.clear()
+
+    async def all(self, work: Sequence[Coroutine[Any, Any, Any]], enough: Callable[[], bool] = lambda: False) -> None:
+        """Runs coroutines that call generate() until all are done or, asked after each, there is enough.
+
+        When one fails, or the whole is cancelled, the others end too, in the engines as well. EnginesNeedWeights is raised
+        after those that can be finished without an engine are.
+        """
+        async with self:
+            tasks = [asyncio.create_task(coroutine) for coroutine in work]
+            try:
+                needs_weights = await _outcome(tasks, enough)
+            except BaseException:
+                await _end(tasks)
+                await asyncio.gather(*(self._abort(engine) for engine in self._engines.serving()))
+                raise
+            await _end(tasks)
+            if needs_weights is not None and not enough():
+                raise needs_weights
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, policy_version: int | None, counts: Counter[str]
+    ) -> list[Response]:
+        """n responses to one prompt, all from one engine and, unless None, from weights of this version.
+
+        Adds to counts "moved_requests", "malformed_answers" and what Engine.generate does. Raises EngineError when the
+        request is rejected, or fails on engine after engine, or none is left; and EnginesNeedWeights.
+        """
+        moves = 0
+        while True:
+            engine = await self._slot()
+            try:
+                return await self._generate_on(engine, prompt_ids, sampling, n, policy_version, counts)
+            except EngineFaultError as fault:
+                counts["malformed_answers"] += isinstance(fault, MalformedAnswerError)
+                self._faulty(engine, str(fault))
+                if moves == self._max_moves:
+                    raise EngineError(
+                        f"a request failed on {moves + 1} engines, one after the other (rollout.max_retries); the last: {fault}"
+                    ) from fault
+            finally:
+                self._in_flight[engine] -= 1
+                async with self._changed:
+                    self._changed.notify()
+            moves += 1
+            counts["moved_requests"] += 1
+
+    async def _slot(self) -> Engine:
+        """An engine with a free slot, which it takes: that with most slots free."""
+        async with self._changed:
+            while True:
+                serving = self._engines.serving()
+                if not serving and self._engines.prospect() == "needs weights":
+                    raise EnginesNeedWeights
+                front = self._engines.front()
+                usable = [front] if front is not None and serving else serving
+                slots = self._concurrency * len(serving) if front is not None else self._concurrency
+                free = [engine for engine in usable if self._in_flight[engine] < slots]
+                if free:
+                    engine = min(free, key=lambda engine: self._in_flight[engine])
+                    self._in_flight[engine] += 1
+                    break
+                await self._changed.wait()
+        await self._connect(engine)
+        return engine
+
+    async def _generate_on(
+        self,
+        engine: Engine,
+        prompt_ids: list[int],
+        sampling: SamplingConfig,
+        n: int,
+        policy_version: int | None,
+        counts: Counter[str],
+    ) -> list[Response]:
+        lost = self._lost.setdefault(engine, asyncio.get_running_loop().create_future())
+        call = asyncio.create_task(engine.generate(prompt_ids, sampling, n, counts))
+        try:
+            either: set[asyncio.Future[Any]] = {call, lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                raise EngineFaultError(lost.result())
+            responses = call.result()
+        finally:
+            await _end([call])
+        for response in responses:
+            if policy_version not in (None, response.policy_version):
+                raise EngineFaultError(
+                    f"{engine.url}: generated by weights of version {response.policy_version}, the policy has version "
+                    f"{policy_version}. Fix: let nobody else push weights to this server, or restart it"
+                )
+        return responses
+
+    def _faulty(self, engine: Engine, why: str) -> None:
+        """Takes an engine out of use, and ends all that is under way on it."""
+        if engine is self._engines.front():
+            try:
+                assert engine.process is not None
+                engine.process.check()
+            except EngineFaultError as ended:
+                self._engines.lost(engine.url, str(ended))
+            else:
+                return  # one of the engines behind it; which one, the watch finds out
+        elif engine in self._engines.serving():
+            self._engines.lost(engine.url, why)
+        if (lost := self._lost.get(engine)) is not None and not lost.done():
+            lost.set_result(why)
+
+    async def _watch(self) -> None:
+        """Finds engines that have ended or hang. Also lets requests look again for engines, which may come back."""
+        checks: dict[Engine, asyncio.Task[None]] = {}
+        try:
+            while True:
+                await asyncio.sleep(WATCH_INTERVAL_S)
+                for engine in self._engines.serving():
+                    try:
+                        if engine.process is not None:
+                            engine.process.check()
+                    except EngineError as ended:
+                        self._faulty(engine, str(ended))
+                        continue
+                    if engine not in checks or checks[engine].done():
+                        checks[engine] = asyncio.create_task(self._check_health(engine))
+                async with self._changed:
+                    self._changed.notify_all()
+        finally:
+            await _end(list(checks.values()))
+
+    async def _check_health(self, engine: Engine) -> None:
+        """One check, after a while. An engine without work is left alone: it may be sleeping."""
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+        if not self._in_flight[engine] and self._engines.front() is None:
+            return
+        await self._connect(engine)
+        try:
+            async with asyncio.timeout(self._health_timeout_s):
+                while not await engine.healthy():
+                    await asyncio.sleep(HEALTH_RETRY_S)
+        except TimeoutError:
+            self._faulty(
+                engine,
+                f"{engine.url}: no health check succeeded within rollout.health_timeout_s = {self._health_timeout_s:g} s",
+            )
+
+    async def _connect(self, engine: Engine) -> None:
+        if engine not in self._connected:
+            self._connected.append(engine)
+            await engine.connect()
+
+    async def _abort(self, engine: Engine) -> None:
+        await self._connect(engine)
+        await engine.abort()
+
+
+async def _outcome(tasks: Sequence[asyncio.Task[Any]], enough: Callable[[], bool]) -> EnginesNeedWeights | None:
+    """Returns when all are done or there is enough, with what was raised for want of weights. Raises the first other error."""
+    needs_weights: EnginesNeedWeights | None = None
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    left = len(tasks)
+
+    def look(task: asyncio.Task[Any]) -> None:
+        nonlocal needs_weights, left
+        left -= 1
+        if over.done() or task.cancelled():
+            return
+        error = task.exception()
+        if isinstance(error, EnginesNeedWeights):
+            needs_weights = error
+        elif error is not None:
+            over.set_exception(error)
+            return
+        if left == 0 or enough():
+            over.set_result(None)
+
+    for task in tasks:
+        task.add_done_callback(look)
+    if tasks and not enough():
+        await over
+    return needs_weights
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,81 @@
+"""Log-probs and entropy on one GPU, in value, gradient and memory; the bf16 products with fp32 results are only there."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_gppo.algorithm import linear_logprobs_and_entropy
+from tests.support.logprob_reference import (
+    LogprobCase,
+    over_rounded_logits,
+    random_case,
+    reference_logprobs,
+    relative_error,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+FP32_TOLERANCE = 5e-6
+
+
+def on_cuda(case: LogprobCase) -> tuple[Tensor, Tensor, Tensor]:
+    return case.hidden.cuda().requires_grad_(), case.weight.cuda().requires_grad_(), case.targets.cuda()
+
+
+def backward(case: LogprobCase, logprobs: Tensor, entropy: Tensor) -> None:
+    torch.autograd.backward([logprobs, entropy], [case.grad_logprobs.cuda(), case.grad_entropy.cuda()])
+
+
+@pytest.fixture
+def full_precision_matmuls() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_fp32_matches_fp64(full_precision_matmuls: None, temperature: float) -> None:
+    case = random_case(33, 48, 9000, 8971)
+    hidden, weight, targets = on_cuda(case)
+    logprobs, entropy = linear_logprobs_and_entropy(
+        hidden, weight, targets, vocab_size=case.vocab_size, temperature=temperature, entropy_requires_grad=True
+    )
+    backward(case, logprobs, entropy)
+    expected = reference_logprobs(case, temperature, True)
+    assert relative_error(logprobs.cpu(), expected.logprobs) < FP32_TOLERANCE
+    assert relative_error(entropy.cpu(), expected.entropy) < FP32_TOLERANCE
+    assert relative_error(hidden.grad.cpu(), expected.grad_hidden) < FP32_TOLERANCE
+    assert relative_error(weight.grad.cpu(), expected.grad_weight) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("with_main_grad", [False, True])
+def test_bf16_is_no_worse_than_over_bf16_logits(with_main_grad: bool) -> None:
+    case = random_case(64, 128, 9000, 8971, dtype=torch.bfloat16)
+    case.weight /= 8
+    hidden, weight, targets = on_cuda(case)
+    main_grad = torch.zeros_like(weight, dtype=torch.float32) if with_main_grad else None
+    logprobs, entropy = linear_logprobs_and_entropy(
+        hidden, weight, targets, vocab_size=case.vocab_size, entropy_requires_grad=True, main_grad=main_grad
+    )
+    backward(case, logprobs, entropy)
+    expected = reference_logprobs(case, 1.0, True)
+    rounded_logprobs, rounded_entropy = over_rounded_logits(case, 1.0)
+    assert relative_error(logprobs.cpu(), expected.logprobs) <= relative_error(rounded_logprobs, expected.logprobs)
+    assert relative_error(entropy.cpu(), expected.entropy) <= relative_error(rounded_entropy, expected.entropy)
+    grad_weight = weight.grad if main_grad is None else main_grad
+    assert relative_error(hidden.grad.cpu(), expected.grad_hidden) < 5e-3
+    assert relative_error(grad_weight.cpu(), expected.grad_weight) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_a_tenth_of_the_logits(dtype: torch.dtype) -> None:
+    tokens, vocab_size, hidden_size = 4096, 151936, 1536
+    hidden = torch.randn(tokens, hidden_size, device="cuda", dtype=dtype, requires_grad=True)
+    weight = (torch.randn(vocab_size, hidden_size, device="cuda", dtype=dtype) / 16).requires_grad_()
+    targets = torch.randint(vocab_size, (tokens,), device="cuda")
+    linear_logprobs_and_entropy(hidden[:8], weight, targets[:8])[0].sum().backward()  # cuBLAS's workspace
+    hidden.grad = weight.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    logprobs, _ = linear_logprobs_and_entropy(hidden, weight, targets)
+    logprobs.sum().backward()
+    gradients = hidden.grad.nbytes + weight.grad.nbytes
+    assert torch.cuda.max_memory_allocated() - before - gradients <= 0.1 * 4 * tokens * vocab_size

@@ -1,0 +1,22 @@
+"""Engines at given URLs, as weight sync sees them, and what it says about them."""
+
+from collections.abc import Sequence
+
+
+class GivenEngines:
+    def __init__(self, *urls: str) -> None:
+        self.urls = list(urls)
+        self.versions: dict[str, int] = {}  # by URL
+        self.failures: dict[str, str] = {}
+
+    def to_sync(self) -> list[str]:
+        return list(self.urls)
+
+    def gpus(self, url: str) -> list[int]:
+        return []
+
+    def synced(self, urls: Sequence[str], version: int) -> None:
+        self.versions |= dict.fromkeys(urls, version)
+
+    def lost(self, url: str, why: str) -> None:
+        self.failures[url] = why

@@ -1,0 +1,35 @@
+import gc
+import json
+
+import pytest
+
+from megatron_gppo.datatypes import Group, Prompt, Response, Rollout, Verdict
+from megatron_gppo.rollout.json_answers import parse_json
+
+
+def test_parses_and_leaves_the_collector_as_it_was() -> None:
+    assert gc.isenabled()
+    assert parse_json('{"a": [1, -2.5, null]}') == {"a": [1, -2.5, None]}
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="Expecting"):
+        parse_json("[1,")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        parse_json("[]")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_no_collection_runs_while_it_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", lambda text: gc.isenabled())
+    assert parse_json("[]") is False
+
+
+def test_a_rollout_has_a_short_repr() -> None:
+    response = Response([7] * 100_000, [-0.5] * 100_000, "x" * 100_000, "stop", 3)
+    prompt = Prompt(5, [1] * 10_000, "y" * 10_000, "42", "math")
+    rollout = Rollout([Group(prompt, [response] * 2, [Verdict(1.0, True, "scored")] * 2)], {}, {})
+    assert len(repr(rollout)) < 1000
+    assert "policy_version=3" in repr(rollout)

@@ -1,0 +1,175 @@
+"""What transports write and send, and what a fleet does with engines that fail. Real engines: tests/e2e/test_weight_sync.py."""
+
+import base64
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file
+
+from megatron_gppo.config import ConfigError, parse_config
+from megatron_gppo.convert.hf_checkpoint import HfCheckpoint
+from megatron_gppo.weight_sync import WeightSyncError
+from megatron_gppo.weight_sync.bucket import Bucket
+from megatron_gppo.weight_sync.disk import DiskTransport
+from megatron_gppo.weight_sync.endpoint import EngineProcess, WeightEndpoint
+from megatron_gppo.weight_sync.fleet import Fleet
+from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport, is_on_this_machine, serialized
+from tests.support.policy_shards import SINGLE
+from tests.support.tiny import make_tiny_model
+
+CPU = torch.device("cpu")
+
+
+class Endpoint(WeightEndpoint):
+    """Says yes to everything, or fails."""
+
+    def __init__(self, url: str, failure: str | None = None) -> None:
+        super().__init__(url, None, 1)
+        self.failure = failure
+        self.calls: list[tuple[str, Any]] = []
+
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        self.calls.append((path, body))
+        if self.failure is not None:
+            raise WeightSyncError(f"{self.url}{path} {self.failure}")
+        return b"{}"
+
+
+def make_buckets() -> list[Bucket]:
+    tensors = [("a", torch.randn(2, 3)), ("b", torch.randn(5)), ("c", torch.randn(4, 2))]
+    return [
+        Bucket.flatten(part, torch.bfloat16, torch.empty(64, dtype=torch.uint8)) for part in (tensors[:2], tensors[2:])
+    ]
+
+
+def test_an_engine_that_fails_leaves_the_fleet_and_the_last_one_is_an_error() -> None:
+    good, bad = Endpoint("http://good"), Endpoint("http://bad", "broke")
+    fleet = Fleet([bad, good])
+
+    assert list(fleet.on_all("pause", lambda endpoint: endpoint.pause("abort") or endpoint.url).values()) == [
+        "http://good"
+    ]
+
+    assert fleet.endpoints == [good]
+    assert fleet.failed == {"http://bad": "phase 'pause': http://bad/pause_generation broke"}
+    good.failure = "broke, too"
+    with pytest.raises(
+        WeightSyncError, match=r"no engine is left; phase 'pause': http://bad.* broke; phase 'resume': http://good"
+    ):
+        fleet.on_all("resume", WeightEndpoint.resume)
+
+
+def test_no_engine_at_all_and_failures_of_the_attempt_before() -> None:
+    with pytest.raises(WeightSyncError, match="no engine is left; there was none"):
+        Fleet([])
+    with pytest.raises(WeightSyncError, match="no engine is left; phase 'x': broke"):
+        Fleet([], {"http://e": "phase 'x': broke"})
+
+
+def test_a_version_on_disk_is_a_whole_hf_folder_under_its_name(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    (tmp_path / "weights" / "version_3").mkdir(parents=True)
+    transport = DiskTransport(tmp_path / "weights", model)
+    engine = Endpoint("http://e")
+    fleet = Fleet([engine])
+    transport.prepare(fleet, {}, CPU)
+    buckets = make_buckets()
+    for number, bucket in enumerate(buckets):
+        transport.wait(fleet)
+        assert engine.calls == []
+        transport.send(fleet, bucket, "bucket", "4" if number == 1 else None)
+    transport.wait(fleet)
+
+    folder = tmp_path / "weights" / "version_4"
+    assert list(folder.parent.iterdir()) == [folder]
+    assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    [(path, body)] = engine.calls
+    assert (path, body["model_path"], body["weight_version"]) == ("/update_weights_from_disk", str(folder), "4")
+    expected = {name: tensor for bucket in buckets for name, tensor in bucket.tensors().items()}
+    written = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert written.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(written[name], expected[name])
+        assert torch.equal(HfCheckpoint(folder).read(name), expected[name])  # by way of the index
+
+
+def test_a_disk_that_is_full_ends_the_run_and_no_engine(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    fleet = Fleet([Endpoint("http://e")])
+    with pytest.raises(WeightSyncError, match=r"file.*: Not a directory. Fix: .* sync.disk_dir"):
+        DiskTransport(tmp_path / "file", model).prepare(fleet, {}, CPU)
+    assert fleet.failed == {}
+
+
+def open_serialized(payload: str, results: Any) -> None:
+    opened = pickle.loads(base64.b64decode(payload))
+    data = opened["flattened_tensor"]
+    results.put([(m.name, tuple(m.shape), data[m.start_idx : m.end_idx].tolist()) for m in opened["metadata"]])
+
+
+def test_another_process_reads_a_bucket_where_it_lies() -> None:
+    bucket = make_buckets()[0]
+    payload = serialized(bucket, bucket.data)
+    bucket.data.fill_(7)  # after it was serialized: the handle says where the bytes are, not what they are
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=open_serialized, args=(payload, results))
+    process.start()
+    assert results.get() == [("a", (2, 3), [7] * 12), ("b", (5,), [7] * 10)]
+    process.join()
+    assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+
+
+def test_engines_on_other_machines_cannot_share_memory() -> None:
+    assert is_on_this_machine("http://127.0.0.1:30000")
+    assert is_on_this_machine("http://localhost:30000")
+    assert not is_on_this_machine("http://192.0.2.1:30000")
+    elsewhere = WeightEndpoint("http://192.0.2.1:30000", None, 1)
+    process = EngineProcess(elsewhere.url, "", 1, (0,), "bfloat16", "cpu", False)
+    with pytest.raises(
+        WeightSyncError, match=r"http://192.0.2.1:30000 is not on rank 0's machine.* Fix: set sync.transport"
+    ):
+        SharedMemoryTransport(SINGLE).prepare(Fleet([elsewhere]), {elsewhere: process}, CPU)
+
+
+def test_each_rank_of_an_engine_gets_a_handle() -> None:
+    transport = SharedMemoryTransport(SINGLE)
+    engine = Endpoint("http://127.0.0.1:1")
+    fleet = Fleet([engine])
+    transport.prepare(fleet, {engine: EngineProcess(engine.url, "", 2, (0, 1), "bfloat16", "cpu", False)}, CPU)
+    transport.send(fleet, make_buckets()[0], "bucket 1 of 1", "3")
+    transport.wait(fleet)
+    [(path, body)] = engine.calls
+    assert path == "/update_weights_from_tensor"
+    assert len(body["serialized_named_tensors"]) == 2
+    assert (body["load_format"], body["weight_version"]) == ("flattened_bucket", "3")
+
+
+@pytest.mark.parametrize(("mode", "is_error"), [("abort", True), ("retract", True), ("in_place", False)])
+def test_only_requests_paused_in_place_may_keep_the_old_cache(mode: Any, is_error: bool) -> None:
+    engine = Endpoint("http://e", "answered 400: Flush cache failed.")
+    if is_error:
+        with pytest.raises(WeightSyncError, match="Flush cache failed"):
+            engine.forget_cache(mode)
+    else:
+        engine.forget_cache(mode)
+    engine.failure = "answered 500: oops"
+    with pytest.raises(WeightSyncError, match="oops"):
+        engine.forget_cache(mode)
+
+
+def test_disk_dir_without_the_disk_transport() -> None:
+    tree = {
+        "model": {"hf_path": "unused"},
+        "run": {"dir": "unused"},
+        "data": {"train": "unused"},
+        "algorithm": {"preset": "paper"},
+        "sync": {"disk_dir": "/shared"},
+    }
+    with pytest.raises(ConfigError, match="disk_dir is of use with transport: disk only, not distributed"):
+        parse_config(tree)
