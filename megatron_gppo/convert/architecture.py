@@ -59,7 +59,7 @@ class Architecture:
         config.refuse("quantization_config", None)
         for layer_type in config.get("layer_types", list, []):
             if layer_type != "full_attention":
-                raise ConvertError(f"{config.path}: layer_types has {layer_type!r}, which is not supported")
+                raise ConvertError(f"{config.path}: layer_types has {layer_type}, which is not supported")
 
         num_attention_heads = config.size("num_attention_heads")
         num_kv_heads = config.size("num_key_value_heads")
