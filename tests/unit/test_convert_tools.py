@@ -155,10 +155,11 @@ def test_experts_are_written_as_asked(tool: Tool, tmp_path: Path, caplog: pytest
     assert tool(TO_HF, "--checkpoint", tmp_path / "m", "--output", separate, "--experts", "separate")[0] == 0
     assert "--experts" not in caplog.text
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in weights(separate)
-    ids = torch.arange(10)[None]
-    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (hf, back, separate)]
-    assert torch.equal(logits[0], logits[1])
-    assert torch.equal(logits[0], logits[2])
+    # Not the logits: their last bits depend on how the tensors lie in memory.
+    source, *written = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (hf, back, separate)]
+    for loaded in written:
+        assert loaded.keys() == source.keys()
+        assert all(torch.equal(loaded[name], source[name]) for name in source)
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3MoeForCausalLM"])
