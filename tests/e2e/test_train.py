@@ -59,20 +59,6 @@ def test_trains_and_gives_the_engine_the_new_weights(
     assert (new - old).abs().max() > 1e-2, "the weights have hardly moved"
 
 
-def test_generates_beside_training_and_goes_on(engine_url: str, tiny_model: Path, tmp_path: Path) -> None:
-    """What was generated ahead of an interruption is generated again, from the same prompts: an epoch has no prompt twice."""
-    config = write_config(tmp_path, tiny_model, rollout={"mode": "external", "urls": [engine_url]})
-    recording = tmp_path / "recording"
-    ahead = ["async.staleness=1", f"rollout.record={recording}", "algorithm.importance_correction=truncated"]
-    train(config, 1, *ahead, "train.steps=2")
-    assert "resumed from" in train(config, 1, *ahead, "train.steps=4")
-    ages = scalars(tmp_path / "run")["rollout/staleness_max"]
-    assert ages[0] == ages[2] == 0, "the first step of a run has nothing before it to be beside of"
-    assert set(ages) == {0, 1}
-    rows = [group.prompt.row for step in range(1, 5) for group in read_rollout(recording, step).groups]
-    assert len(set(rows)) == len(rows) == 4 * 8
-
-
 def test_resumed_equals_uninterrupted(recording: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The trainer's side of a run is a function of its rollouts, however often it is interrupted, to the bit.
 
