@@ -155,10 +155,11 @@ def test_experts_are_written_as_asked(tool: Tool, tmp_path: Path, caplog: pytest
     assert tool(TO_HF, "--checkpoint", tmp_path / "m", "--output", separate, "--experts", "separate")[0] == 0
     assert "--experts" not in caplog.text
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in weights(separate)
-    ids = torch.arange(10)[None]
-    logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (hf, back, separate)]
-    assert torch.equal(logits[0], logits[1])
-    assert torch.equal(logits[0], logits[2])
+    # Not the logits: their last bit depends on how weights happen to be aligned in memory.
+    loaded = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (hf, back, separate)]
+    for other in loaded[1:]:
+        assert loaded[0].keys() == other.keys()
+        assert all(same_bits(tensor, other[name]) for name, tensor in loaded[0].items())
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3MoeForCausalLM"])
