@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from megatron_gppo.schedules import NUMBER, NUMBER_OR_SCHEDULE, SCHEDULE, Schedule, value_at
 
@@ -52,7 +53,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the configuration: immutable, and strict about names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, serialize_by_alias=True
+    )
 
 
 class ModelConfig(Section):
@@ -466,8 +469,11 @@ class _LossFields(Section, Generic[LowerClip, NonNegative]):
     aggregation: Aggregation = "token_mean"
     """token_mean: one global token count an update; group_token_mean: Eq. 8 to the letter; seq_*: sequence means."""
     importance_correction: Literal["truncated", "masked"] | None = None
-    """Weigh each token's objective with w = old policy's probability / engine's probability. truncated: at most importance_cap;
-    masked: 0 where w is above importance_cap or below its inverse."""
+    """Weigh the objective with w = old policy's probability / engine's probability (algorithm/importance.py). truncated: at most
+    importance_cap; masked: 0 where w is above importance_cap or below its inverse."""
+    importance_level: Literal["token", "sequence", "geometric"] | None = None
+    """Of importance_correction: w of each token, of its whole response (the product over its tokens), or the geometric mean over
+    these. None: token, and for gspo geometric, as its ratio is."""
     importance_cap: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] = 2.0
     """Of importance_correction."""
 
@@ -487,6 +493,11 @@ class _LossFields(Section, Generic[LowerClip, NonNegative]):
                 f"beta1 = {self.beta1}, beta2 = {self.beta2} have no meaning for objective = {self.objective}. Fix: remove them, or the preset that sets them"
             )
         return self
+
+    @property
+    def correction_level(self) -> Literal["token", "sequence", "geometric"]:
+        """importance_level, with what its default stands for."""
+        return self.importance_level or ("geometric" if self.objective == "gspo" else "token")
 
 
 class LossConfig(_LossFields[Below1, NonNegativeFloat]):
@@ -690,6 +701,17 @@ class SyncConfig(Section):
         return self
 
 
+class AsyncConfig(Section):
+    """Generation beside training."""
+
+    staleness: Annotated[int, Field(ge=0, le=2)] = 0
+    """Steps by which the weights that generate may be older than those that are trained on what they generated. 0: generation
+    and training alternate. 1, 2: while one step trains, as many of the following steps are generated."""
+    partial_rollouts: bool = True
+    """staleness > 0: a weight sync need not wait for what is being generated. Responses go on under the new weights, as
+    sync.pause says, and are then of several versions. False: it waits, and every response is of one version."""
+
+
 class BenchmarkConfig(SourceConfig):
     """A set of problems and how to sample on it. In YAML the path of a file with these fields is enough; `base: FILE`
     starts from such a file, and a `path` beside it replaces where that one's rows come from, columns included."""
@@ -772,6 +794,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    async_: AsyncConfig = Field(default=AsyncConfig(), alias="async")
     reward: RewardConfig = RewardConfig()
     train: TrainConfig = TrainConfig()
     algorithm: AlgorithmConfig
@@ -795,6 +818,15 @@ class Config(Section):
         if self.rollout.mode != "replay" and not self.data.train:
             raise ValueError(
                 "data.train is missing. Fix: name the file with the training prompts, or set rollout.mode: replay"
+            )
+        if self.async_.staleness > 0 and self.rollout.mode == "replay":
+            raise ValueError(
+                f"async.staleness = {self.async_.staleness} is about generation, and rollout.mode: replay has none. Fix: set async.staleness: 0"
+            )
+        if self.async_.staleness > 0 and self.rollout.placement == "colocated":
+            raise ValueError(
+                f"async.staleness = {self.async_.staleness} generates while the policy trains, and rollout.placement: colocated gives "
+                "its GPUs to either. Fix: set rollout.placement: disaggregated, or async.staleness: 0"
             )
         return self
 
@@ -912,9 +944,14 @@ def _fields_beside(location: tuple[Any, ...]) -> list[str]:
     """The fields of the section that holds the last name of a location; indices and dictionary keys lead to no section."""
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        if part in section.model_fields:
-            section = _section_in(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
+        if part in (fields := _fields(section)):
+            section = _section_in(fields[part].annotation) or section
+    return list(_fields(section))
+
+
+def _fields(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """By the names that YAML has for them: `async` cannot be a name in Python."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

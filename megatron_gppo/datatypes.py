@@ -49,7 +49,7 @@ class Response:
     logprobs: list[float] = field(repr=False)  # [L]; of the temperature-scaled distribution, in nats
     text: str = field(repr=False)
     finish_reason: FinishReason
-    policy_version: int  # version of the weights that generated it
+    policy_versions: list[int] = field(repr=False)  # [L]; version of the weights that generated the token; never falls
 
     @property
     def truncated(self) -> bool:
@@ -85,6 +85,7 @@ class Rollout:
     groups: list[Group]  # [prompts_per_step]
     counts: dict[str, int]  # events by name, e.g. {"dropped_groups": 3, "retried_requests": 1}
     seconds: dict[str, float]  # {"generate": ..., "reward": ...}; the two overlap
+    data_position: int = 0  # prompts that this step and all before it have taken; 0 where there is no stream of prompts
 
 
 @dataclass(frozen=True, slots=True)

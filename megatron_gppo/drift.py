@@ -50,7 +50,7 @@ def write_alarm(folder: Path, step: int, worst: WorstSample, rollout: Rollout) -
     record = {
         "step": step,
         "mean_difference": worst.difference,
-        "policy_version": response.policy_version,
+        "policy_versions": response.policy_versions,
         "prompt": prompt,
         "response": response.text,
         "prompt_ids": prompt_ids,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from megatron_gppo.evaluate.training import TrainingEvaluations
 from megatron_gppo.metrics import MetricsLogger
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.policy import Policy, Progress, checkpoint
+from megatron_gppo.rollout.ahead import AheadRollouts
 from megatron_gppo.rollout.generate import EngineRollouts, RolloutSource
 from megatron_gppo.rollout.launch import launched_engines, launched_node_engines
+from megatron_gppo.rollout.pieces import Staleness
 from megatron_gppo.rollout.placement import Node
 from megatron_gppo.rollout.pool import EnginePool
 from megatron_gppo.rollout.record import RecordingRollouts, ReplayRollouts
@@ -45,11 +47,11 @@ class Run:
     policy: Policy
     sync: WeightSync | None  # None in replay: there is no engine
     rollouts: RolloutSource | None  # rank 0 only, like all below
-    prompts: PromptStream | None  # None in replay, too
     logger: MetricsLogger | None
     watchdog: Watchdog
-    evaluations: TrainingEvaluations | None = None  # None in replay, too
+    evaluations: TrainingEvaluations | None = None  # None in replay
     engines: EnginePool | None = None  # likewise
+    ahead: AheadRollouts | None = None  # async.staleness > 0: what is behind rollouts
 
     def if_colocated(self, action: Callable[[EnginePool], None]) -> None:
         """Collective: where engines share the ranks' GPUs, has it done before any rank goes on."""
@@ -73,6 +75,7 @@ class Services:
     benchmarks: Sequence[Benchmark]
     rewards: Rewards
     engines: EnginePool
+    decode: Callable[[list[int]], str]  # token ids to text, without special tokens
 
 
 def start_services(config: Config, architecture: Architecture, stack: ExitStack) -> Services | None:
@@ -94,7 +97,9 @@ def start_services(config: Config, architecture: Architecture, stack: ExitStack)
     if (summary := prompts.summary()) is not None:
         print(f"data.train: {summary}")
     check_unchanged(prompts, config, resuming=checkpoint.newest(config.run.dir / CHECKPOINTS) is not None)
-    return Services(prompts, benchmarks, rewards, engines)
+    return Services(
+        prompts, benchmarks, rewards, engines, lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=True)
+    )
 
 
 def start_node_engines(config: Config, stack: ExitStack) -> None:
@@ -171,7 +176,7 @@ def connect(
         stack.enter_context(logger)
     if config.rollout.replay is not None:
         replay = ReplayRollouts(config.rollout.replay) if parallel.rank == 0 else None
-        return Run(config, parallel, policy, None, replay, None, logger, watchdog)
+        return Run(config, parallel, policy, None, replay, logger, watchdog)
 
     engines = services.engines if services is not None else None
     parallel.from_rank_0(lambda: engines.wait_ready() if engines is not None else None)
@@ -184,7 +189,7 @@ def connect(
     token_ids = parallel.from_rank_0(lambda: services.prompts.prompts[0].token_ids if services is not None else [])
     sync.verify_probe(token_ids, policy.sequence_logprobs(token_ids))
     if services is None or engines is None or logger is None:
-        return Run(config, parallel, policy, sync, None, None, None, watchdog)
+        return Run(config, parallel, policy, sync, None, None, watchdog)
 
     prompts = PromptStream(
         services.prompts.prompts,
@@ -196,14 +201,20 @@ def connect(
     overlong = config.reward.overlong
     judge = services.rewards
     shaped = OverlongPenalty(judge, overlong, config.rollout.max_response_tokens) if overlong is not None else judge
+    staleness, on_progress = config.async_.staleness, watchdog.reporting("rollout")
     rollouts: RolloutSource = EngineRollouts(
         config.rollout,
         engines,
         prompts,
         shaped,
         prompts_per_update=config.train.prompts_per_update,
-        on_progress=both(logger.on_progress, watchdog.reporting("rollout")),
+        staleness=Staleness(staleness, services.decode) if staleness > 0 else None,
+        on_progress=both(logger.on_progress, on_progress) if staleness == 0 else on_progress,  # a bar is for who waits
     )
+    ahead = None
+    if staleness > 0:
+        rollouts = ahead = AheadRollouts(rollouts, staleness=staleness, last_step=config.train.steps)
+        stack.callback(ahead.close)
     if config.rollout.record is not None:
         rollouts = RecordingRollouts(rollouts, config.rollout.record)
     evaluations = None
@@ -215,8 +226,9 @@ def connect(
             log_evaluation(logger),
             step=progress.step,
             on_progress=watchdog.reporting("evaluation"),
+            engines_to_itself=nullcontext if ahead is None else ahead.paused,
         )
-    return Run(config, parallel, policy, sync, rollouts, prompts, logger, watchdog, evaluations, engines)
+    return Run(config, parallel, policy, sync, rollouts, logger, watchdog, evaluations, engines, ahead)
 
 
 def both(first: Callable[[int, int], None], second: Callable[[int, int], None]) -> Callable[[int, int], None]:

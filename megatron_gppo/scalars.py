@@ -20,6 +20,7 @@ EVENTS = {
     "surplus_groups": "rollout/surplus_groups",
     "retried_requests": "rollout/retried_requests",
     "timed_out_requests": "rollout/timed_out_requests",
+    "carried_on_responses": "rollout/carried_on_responses",
     "moved_requests": "rollout/moved_requests",
     "malformed_answers": "rollout/malformed_answers",
     "lost_engines": "rollout/lost_engines",
@@ -30,7 +31,11 @@ EVENTS = {
 
 
 def step_scalars(
-    rollout: Rollout, updates: Sequence[UpdateStats], trace: Sequence[EntropyPoint], seconds: Mapping[str, float]
+    step: int,
+    rollout: Rollout,
+    updates: Sequence[UpdateStats],
+    trace: Sequence[EntropyPoint],
+    seconds: Mapping[str, float],
 ) -> dict[str, float]:
     """All scalars of a step. seconds is by phase, with "step" for the whole (metrics.Phases)."""
     tokens = sum(
@@ -39,7 +44,7 @@ def step_scalars(
         for response in group.responses
     )
     return {
-        **rollout_scalars(rollout),
+        **rollout_scalars(step, rollout),
         **update_scalars(updates),
         **trace_scalars(trace),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
@@ -47,8 +52,8 @@ def step_scalars(
     }
 
 
-def rollout_scalars(rollout: Rollout) -> dict[str, float]:
-    """Rewards, lengths and events. A batch without any group has its counts only."""
+def rollout_scalars(step: int, rollout: Rollout) -> dict[str, float]:
+    """Rewards, lengths, ages and events. A batch without any group has its counts only."""
     verdicts = [verdict for group in rollout.groups for verdict in group.verdicts]
     scalars = {
         "rollout/groups": len(rollout.groups),
@@ -72,10 +77,21 @@ def rollout_scalars(rollout: Rollout) -> dict[str, float]:
         "response/tokens_mean": float(np.mean(lengths)),
         "response/tokens_max": max(lengths),
         "response/truncated_share": float(np.mean([response.truncated for response in responses])),
+        **staleness_scalars(step, responses),
     }
     if rollout.seconds.get("generate"):
         scalars["throughput/generated_tokens_per_s"] = sum(lengths) / rollout.seconds["generate"]
     return scalars
+
+
+def staleness_scalars(step: int, responses: Sequence[Response]) -> dict[str, float]:
+    """By how many versions tokens are older than the weights that the step starts from."""
+    ages = step - 1 - np.concatenate([np.asarray(response.policy_versions) for response in responses])
+    return {
+        "rollout/staleness_mean": float(ages.mean()),
+        "rollout/staleness_max": float(ages.max()),
+        "rollout/mixed_responses": float(np.mean([len(set(response.policy_versions)) > 1 for response in responses])),
+    }
 
 
 def update_scalars(updates: Sequence[UpdateStats]) -> dict[str, float]:
@@ -121,6 +137,9 @@ def update_scalars(updates: Sequence[UpdateStats]) -> dict[str, float]:
         **dynamics_scalars(sums),
         "entropy/covariance": covariance(measured),
     }
+    if sums.get("squared_importance_weight"):
+        effective = sums["importance_weight"] ** 2 / sums["squared_importance_weight"]
+        scalars["engine/importance_effective_sample_size"] = effective / num_tokens
     if "abs_rollout_logprob_diff" in maxima:
         scalars["engine/logprob_difference_max"] = maxima["abs_rollout_logprob_diff"]
     if updates[0] is measured[0]:

@@ -79,13 +79,13 @@ def train_step(run: Run, done: Progress) -> Progress | None:
     progress = Progress(
         step=step,
         updates=done.updates + len(stats),
-        data_position=run.prompts.position if run.prompts is not None else 0,
+        data_position=rollout.data_position if rollout is not None else 0,  # rank 0 writes it
         entropy_trace=entropy_trace.extended(done.entropy_trace, stats),
         entropy_control=after_step(config.algorithm, done.entropy_control, step, stats),
     )
 
     routing: dict[str, float] = {}
-    with phases("sync"), saved_if_engines_fail(run, progress):
+    with saved_if_engines_fail(run, progress), whole_responses(run, phases), phases("sync"):
         if run.sync is not None:
             run.if_colocated(EnginePool.resume_weights)
             run.sync.sync(policy.shards(), version=step)
@@ -100,7 +100,9 @@ def train_step(run: Run, done: Progress) -> Progress | None:
     run.watchdog.enter("log")
     if run.logger is not None and rollout is not None:
         scalars = (
-            step_scalars(rollout, stats, progress.entropy_trace, phases.seconds) | in_force_scalars(in_force) | routing
+            step_scalars(step, rollout, stats, progress.entropy_trace, phases.seconds)
+            | in_force_scalars(in_force)
+            | routing
         )
         texts = sample_texts(rollout, config.run.log_samples)
         run.logger.log_step(step, scalars, texts, step_histograms(stats))
@@ -138,6 +140,21 @@ def sync_again(run: Run, version: int) -> None:
     """Gives the weights of a step that is done to engines that came back since."""
     assert run.sync is not None
     run.sync.sync(run.policy.shards(), version)
+
+
+@contextmanager
+def whole_responses(run: Run, phases: Phases) -> Iterator[None]:
+    """Without async.partial_rollouts, no response is in flight in the body; waiting for those that are is time for rollouts."""
+    with ExitStack() as stack:
+
+        def pause() -> None:
+            if run.ahead is not None:
+                stack.enter_context(run.ahead.paused())
+
+        if run.config.async_.staleness > 0 and not run.config.async_.partial_rollouts:
+            with phases("rollout"):
+                run.parallel.from_rank_0(pause)
+        yield
 
 
 def evaluate(run: Run, progress: Progress) -> None:

@@ -51,7 +51,7 @@ def make_groups(kind: Callable[[random.Random], tuple[str, str, str]], count: in
     for row in range(count):
         truth, same, wrong = kind(draw)
         answers = [draw.choices([truth, same, wrong], [0.5, 0.3, 0.2])[0] for _ in range(GROUP_SIZE)]
-        responses = [Response([], [], f"{think}</think>So \\boxed{{{answer}}}", "stop", 0) for answer in answers]
+        responses = [Response([], [], f"{think}</think>So \\boxed{{{answer}}}", "stop", []) for answer in answers]
         groups.append((Prompt(row, [], "", truth, "benchmark"), responses))
     return groups
 

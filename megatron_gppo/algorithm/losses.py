@@ -73,7 +73,8 @@ def policy_loss(
         loss_mask: [T] bool, true where a response token counts.
         denominator: the update's global count of tokens, groups or sequences, as config.aggregation needs.
         cu_seqlens: [S+1] int32, bounds of the sequences (with context parallelism: of their parts) in these T tokens.
-            Needed, like sequence_lengths, by gspo and seq_mean_token_mean, and by group_token_mean and nll_coef > 0.
+            Needed, like sequence_lengths, by gspo, seq_mean_token_mean and importance_correction above the level of
+            tokens, and by group_token_mean and nll_coef > 0.
         sequence_lengths: [S] int64, loss tokens of the whole sequence, also where this rank holds a part of it.
         group_lengths: [S] int64, loss tokens of the sequence's group in the update. Needed by group_token_mean.
         entropy: [T] fp32, in nats. Needed, and differentiable, for entropy_coef > 0; otherwise a metric.
@@ -81,8 +82,8 @@ def policy_loss(
         rollout_logprobs: [T] fp32, as the engine reported them. Needed for importance_correction; otherwise a metric.
         correct: [S] bool, whether the response is correct. Needed for nll_coef > 0.
         num_correct_tokens: the update's global count of loss tokens of correct samples. Needed for nll_coef > 0.
-        cp_group: the ranks that hold parts of the same sequences; None when sequences are whole. gspo communicates over
-            it, so each of its ranks must call with the same S.
+        cp_group: the ranks that hold parts of the same sequences; None when sequences are whole. gspo and
+            importance_correction of sequences communicate over it, so each of its ranks must call with the same S.
 
     Raises ValueError for an input that is missing or has another shape, naming it.
     """
@@ -117,15 +118,14 @@ def policy_loss(
     advantages = _unmasked(advantages.detach(), loss_mask)
     log_ratio = logprobs.detach() - old_logprobs
 
-    def of_branches(values: Tensor) -> Tensor:
-        """Log-ratios of what the objective's ratio is of: the token, or for gspo its sequence."""
-        if config.objective != "gspo":
-            return values
-        setting = "objective = gspo"
+    def of_sequence(values: Tensor, setting: str) -> Tensor:
+        """[T] log-ratios: of each token, the mean over its sequence."""
         lengths = needed(sequence_lengths, "sequence_lengths", setting)
         return sequence_mean(values, needed(sequence, "cu_seqlens", setting), lengths, cp_group)
 
-    importance = importance_ratio(config, of_branches(log_ratio))
+    importance = importance_ratio(
+        config, of_sequence(log_ratio, "objective = gspo") if config.objective == "gspo" else log_ratio
+    )
 
     token_loss = -surrogate(config, logprobs, advantages, importance)
     gradient_weights = (gradient_factor(config, advantages, importance) * advantages).abs()
@@ -133,7 +133,14 @@ def policy_loss(
     correction = None
     if config.importance_correction is not None:
         setting = f"importance_correction = {config.importance_correction}"
-        correction = engine_correction(config, of_branches(needed(rollout_diff, "rollout_logprobs", setting)))
+        log_weight = needed(rollout_diff, "rollout_logprobs", setting)
+        if config.correction_level != "token":
+            log_weight = of_sequence(log_weight, f"{setting} at the level of {config.correction_level}")
+        if config.correction_level == "sequence":
+            assert sequence is not None
+            assert sequence_lengths is not None
+            log_weight = log_weight * sequence_lengths[sequence]
+        correction = engine_correction(config, log_weight)
         token_loss = token_loss * correction.weight
         gradient_weights = gradient_weights * correction.weight
     reference_kl = None
@@ -236,5 +243,6 @@ def _metrics(
         maxima["abs_rollout_logprob_diff"] = largest(rollout_diff.abs())
     if correction is not None:
         metrics["importance_weight"] = total(correction.weight)
+        metrics["squared_importance_weight"] = total(correction.weight.square())
         metrics["importance_corrected"] = total(correction.acted)
     return metrics, maxima

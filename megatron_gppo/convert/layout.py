@@ -84,7 +84,7 @@ class Sharded(Layout):
         return full.chunk(tp_size, self.axis)[tp_rank]
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(shards), self.axis)
+        return shards[0] if len(shards) == 1 else torch.cat(list(shards), self.axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,8 @@ class GateUp(Layout):
         return torch.cat([parts[tp_rank], parts[tp_size + tp_rank]])
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
+        if len(shards) == 1:
+            return shards[0]
         gates_and_ups = [shard.chunk(2) for shard in shards]
         return torch.cat([gate for gate, _ in gates_and_ups] + [up for _, up in gates_and_ups])
 

@@ -1,12 +1,14 @@
 """Evaluation within a run: every eval.every steps and before the first, on the engines that training uses.
 
 Rank 0 evaluates in a thread; meanwhile it meets the other ranks every few seconds, so that no collective operation waits
-for as long as a benchmark takes. Nothing of training is touched: prompts and random states stay where they are.
+for as long as a benchmark takes. Where steps are generated ahead, it waits for the one under way, and the next begins after
+it: the two do not share engines, and a benchmark's time is its own. Nothing of training is touched: prompts and random states stay where they are.
 """
 
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +44,11 @@ class TrainingEvaluations:
         *,
         step: int,
         on_progress: Progress = lambda done, wanted: None,
+        engines_to_itself: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        """step: the last one done. Later evaluations, of steps that the run has lost, are deleted."""
+        """step: the last one done. Later evaluations, of steps that the run has lost, are deleted. engines_to_itself: a
+        context in which nothing else is generated; entering it may take as long as what is being generated."""
+        self._engines_to_itself = engines_to_itself
         self._on_progress = on_progress
         self._config = config
         self._evaluator = evaluator
@@ -78,13 +83,14 @@ class TrainingEvaluations:
 
     def _run(self, step: int) -> None:
         try:
-            report = self._evaluator.run(
-                _folder(self._config, step),
-                f"step {step}",
-                self._identity(step),
-                policy_version=step,
-                on_progress=self._on_progress,
-            )
+            with self._engines_to_itself():
+                report = self._evaluator.run(
+                    _folder(self._config, step),
+                    f"step {step}",
+                    self._identity(step),
+                    policy_version=step,
+                    on_progress=self._on_progress,
+                )
             self._on_report(step, report)
         except BaseException as failure:  # wait() raises it, in the thread that can end the run
             self._failure = failure

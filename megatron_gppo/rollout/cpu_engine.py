@@ -35,6 +35,10 @@ def environment(engine_tp: int, cores_of_ranks: Sequence[Sequence[int]] = ()) ->
         "SGLANG_USE_CPU_ENGINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(STUBS), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",
+        # Large blocks stay with the process, as CUDA's allocator keeps them. Getting the memory of every bucket of weights
+        # from the kernel anew takes longer than receiving it.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**32),
         "HF_HUB_OFFLINE": "1",
         "TORCHDYNAMO_DISABLE": "1",  # or Inductor may look for a C++ compiler
     }

@@ -1,12 +1,7 @@
-"""One SGLang server, as a client sees it: generation with log-probs, health, abort. All calls are asyncio.
-
-SGLang's /generate, as its answers are read here (0.5.23): output_ids end with the EOS token that stopped them, and
-output_token_logprobs holds one (logprob, token id, text) for each of them, EOS included. The log-probs are of the
-temperature-scaled distribution before top-p, whatever top_p is. n > 1 answers a list, n = 1 an object.
-"""
+"""One SGLang server, as a client sees it: generation with log-probs, health, abort. All calls are asyncio."""
 
 import asyncio
-import math
+import itertools
 from collections import Counter
 from typing import Any, Protocol
 
@@ -15,12 +10,13 @@ import aiohttp
 from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Response
 from megatron_gppo.rollout.json_answers import parse_json
+from megatron_gppo.rollout.pieces import Piece, Staleness, UnusableItemError, parse_piece
 
 CONNECT_TIMEOUT_S = 30.0
 ABORT_TIMEOUT_S = 5.0
 FIRST_RETRY_DELAY_S = 1.0
 MAX_RETRY_DELAY_S = 30.0
-AS_STARTED = "default"  # what SGLang calls the version of the weights it started with, unless told otherwise
+BY_OTHERS = "the request was aborted in the server, by another client"
 
 
 class EngineError(RuntimeError):
@@ -46,7 +42,7 @@ class Engine:
     """A client of one server; connect() opens it in the event loop that uses it.
 
     url: base URL. timeout_s: limit for one request, generation included. max_retries: times a request is sent again
-    after a disconnect, a time-out, an abort that nobody here asked for, or an HTTP status of 408, 429 or 5xx. process:
+    after a disconnect, a time-out, an abort that no weight sync explains, or an HTTP status of 408, 429 or 5xx. process:
     set for a managed server, so that its death is reported with its log, at once, and not retried.
     """
 
@@ -82,39 +78,50 @@ class Engine:
         return await self._request("GET", "/model_info", None, Counter())
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str]
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingConfig,
+        n: int,
+        counts: Counter[str],
+        staleness: Staleness | None = None,
     ) -> list[Response]:
         """n responses to one prompt, in one request: the server then computes the prompt once, and measured throughput
         of short responses is 1.5 times that of n requests.
 
-        Adds to counts "retried_requests" and, of these, "timed_out_requests". Raises EngineFaultError when the engine has
-        died, when retries are used up, and on a malformed answer; EngineError when it rejects the request.
+        staleness: weight syncs may come meanwhile. Responses that one aborts go on where they stopped, in one request for
+        all of them, by the weights that the server then has.
+
+        Adds to counts "retried_requests", of these "timed_out_requests", and "carried_on_responses". Raises
+        EngineFaultError when the engine has died, when retries are used up, and on a malformed answer; EngineError when it
+        rejects the request.
 
         Cancelling it closes the connection, by which SGLang knows within seconds that the request is to be aborted: it
         gives names of its own to the n responses, so that no /abort_request could name them.
         """
-        body = {
-            "input_ids": prompt_ids,
-            "return_logprob": True,
-            # Every parameter that changes the distribution is spelled out: a server's defaults may come from the
-            # model's generation_config.json.
-            "sampling_params": {
-                "n": n,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": -1,
-                "min_p": 0.0,
-                "frequency_penalty": 0.0,
-                "presence_penalty": 0.0,
-                "repetition_penalty": 1.0,
-                "max_new_tokens": sampling.max_response_tokens,
-            },
-        }
-        answer = await self._request("POST", "/generate", body, counts)
-        items = answer if n > 1 else [answer]
-        if not isinstance(items, list) or len(items) != n:
-            raise MalformedAnswerError(f"{self.url}/generate: asked for {n} responses, got {_start(answer)}")
-        return [self._parse(item) for item in items]
+        params = _sampling_params(sampling, n, sampling.max_response_tokens)
+        pieces = await self._pieces({"input_ids": prompt_ids, "sampling_params": params}, n, counts, staleness)
+        cut: set[int] = set()
+        for times in itertools.count(1):
+            aborted = [index for index, piece in enumerate(pieces) if piece.finish_reason == "abort"]
+            if not aborted:
+                break
+            assert staleness is not None
+            if times > staleness.versions:
+                await self._before_retry(times - staleness.versions, "/generate", BY_OTHERS, counts)
+            cut.update(aborted)
+            counts["carried_on_responses"] += len(aborted)
+            left = [sampling.max_response_tokens - len(pieces[index].token_ids) for index in aborted]
+            body = {
+                "input_ids": [prompt_ids + pieces[index].token_ids for index in aborted],
+                "sampling_params": [_sampling_params(sampling, 1, max_new_tokens) for max_new_tokens in left],
+            }
+            rest = await self._pieces(body, len(aborted), counts, staleness)
+            for index, piece in zip(aborted, rest, strict=True):
+                pieces[index] = pieces[index].followed_by(piece)
+        return [
+            piece.response(staleness.decode(piece.token_ids) if staleness is not None and index in cut else piece.text)
+            for index, piece in enumerate(pieces)
+        ]
 
     async def healthy(self) -> bool:
         """Whether GET /health answers 200, for which SGLang's scheduler must be getting on. It may answer late, or never."""
@@ -140,22 +147,42 @@ class Engine:
         assert self._session is not None, "Engine.connect() comes first"
         return self._session
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None, counts: Counter[str]) -> Any:
+    async def _pieces(
+        self, body: dict[str, Any], n: int, counts: Counter[str], staleness: Staleness | None
+    ) -> list[Piece]:
+        body = {**body, "return_logprob": True}
+        answer = await self._request("POST", "/generate", body, counts, retry_aborted=staleness is None)
+        items = answer if isinstance(answer, list) else [answer]  # SGLang answers one prompt with n = 1 by an object
+        if len(items) != n:
+            raise MalformedAnswerError(f"{self.url}/generate: asked for {n} responses, got {_start(answer)}")
+        pieces = []
+        for item in items:
+            try:
+                pieces.append(parse_piece(item))
+            except UnusableItemError as error:
+                raise MalformedAnswerError(
+                    f"{self.url}/generate: malformed answer: {error}; it starts {_start(item)}"
+                ) from error
+        return pieces
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        counts: Counter[str],
+        *,
+        retry_aborted: bool = False,
+    ) -> Any:
         url = self.url + path
-        failure = ""
-        for attempt in range(self._max_retries + 1):
-            if attempt:
-                counts["retried_requests"] += 1
-                if self.process is not None:
-                    self.process.check()
-                await asyncio.sleep(min(FIRST_RETRY_DELAY_S * 2 ** (attempt - 1), MAX_RETRY_DELAY_S))
+        for attempt in itertools.count(1):
             try:
                 async with self._open_session.request(method, url, json=body) as response:
                     if response.status == 200:
                         answer = await response.json(content_type=None, loads=parse_json)
-                        if not _was_aborted(answer):
+                        if not (retry_aborted and _was_aborted(answer)):
                             return answer
-                        failure = "the request was aborted in the server, by another client"
+                        failure = BY_OTHERS
                     else:
                         failure = f"HTTP {response.status}: {_start(await response.text(errors='replace'))}"
                         if response.status < 500 and response.status not in (408, 429):
@@ -169,48 +196,18 @@ class Engine:
                 failure = f"{type(error).__name__}: {error}"
             except ValueError as error:
                 raise MalformedAnswerError(f"{url}: the answer is not JSON: {error}") from error
+            await self._before_retry(attempt, path, failure, counts)
+
+    async def _before_retry(self, attempt: int, path: str, failure: str, counts: Counter[str]) -> None:
+        """Waits after a failed attempt, numbered from 1. Raises EngineFaultError when it was the last, or the engine has died."""
         if self.process is not None:
             self.process.check()
-        raise EngineFaultError(
-            f"{url}: failed {self._max_retries + 1} times (rollout.max_retries), the last time: {failure}"
-        )
-
-    def _parse(self, item: Any) -> Response:
-        try:
-            meta = item["meta_info"]
-            reason, matched = meta["finish_reason"]["type"], meta["finish_reason"].get("matched")
-            token_ids = item["output_ids"]
-            logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
-            logprob_ids = [entry[1] for entry in meta["output_token_logprobs"]]
-            text = item["text"]
-            versions = [span["version"] for span in meta.get("weight_versions", [])] or [meta["weight_version"]]
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise self._malformed(f"{type(error).__name__} {error}", item) from error
-        if not token_ids or token_ids != logprob_ids:
-            raise self._malformed(
-                f"{len(token_ids)} output_ids and {len(logprob_ids)} output_token_logprobs do not pair up", item
+        if attempt > self._max_retries:
+            raise EngineFaultError(
+                f"{self.url}{path}: failed {attempt} times (rollout.max_retries), the last time: {failure}"
             )
-        if not all(isinstance(value, float | int) and math.isfinite(value) for value in logprobs):
-            raise self._malformed("a log-prob is not a finite number", item)
-        if reason not in ("stop", "length") or (reason == "stop" and matched != token_ids[-1]):
-            # SGLang also says "stop" when it met NaN, matched to a text.
-            raise self._malformed(f"finish_reason {reason}, matched {matched!r}", item)
-        if len(set(versions)) > 1:
-            raise EngineError(f"{self.url}/generate: one response was generated by several weight versions: {versions}")
-        return Response(token_ids, logprobs, text, reason, self._version(versions[0]))
-
-    def _version(self, name: Any) -> int:
-        if name == AS_STARTED:
-            return 0
-        try:
-            return int(name)
-        except (TypeError, ValueError):
-            raise EngineError(
-                f"{self.url}: weight_version = {name!r} is not a number. Fix: start the server without --weight-version"
-            ) from None
-
-    def _malformed(self, what: str, item: Any) -> MalformedAnswerError:
-        return MalformedAnswerError(f"{self.url}/generate: malformed answer: {what}; it starts {_start(item)}")
+        counts["retried_requests"] += 1
+        await asyncio.sleep(min(FIRST_RETRY_DELAY_S * 2 ** (attempt - 1), MAX_RETRY_DELAY_S))
 
 
 def authorization(api_key: str | None) -> dict[str, str]:
@@ -224,6 +221,22 @@ def _was_aborted(answer: Any) -> bool:
         return any(item["meta_info"]["finish_reason"]["type"] == "abort" for item in items)
     except (KeyError, TypeError):
         return False
+
+
+def _sampling_params(sampling: SamplingConfig, n: int, max_new_tokens: int) -> dict[str, Any]:
+    """Every parameter that changes the distribution is spelled out: a server's defaults may come from the model's
+    generation_config.json."""
+    return {
+        "n": n,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": max_new_tokens,
+    }
 
 
 def _start(body: Any) -> str:

@@ -1,6 +1,6 @@
 """Recorded rollouts: one JSON-lines file a step, and the source that plays them back.
 
-The first line says what follows: {"format": 1, "step": 7, "groups": 128, "counts": {...}, "seconds": {...}}; then comes a
+The first line says what follows: {"format": 2, "step": 7, "groups": 128, "counts": {...}, "seconds": {...}, "data_position": 896}; then comes a
 line a group, with the fields of datatypes.Group. Python writes the shortest decimal that reads back to the same float,
 so replayed rewards and log-probs are bitwise those of the recording.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from megatron_gppo.datatypes import Group, Prompt, Response, Rollout, Verdict
 from megatron_gppo.rollout.generate import RolloutCancelled, RolloutError, RolloutSource
 
-FORMAT = 1
+FORMAT = 2
 
 
 class RecordingRollouts:
@@ -62,6 +62,7 @@ def write_rollout(folder: Path, step: int, rollout: Rollout) -> None:
         "groups": len(rollout.groups),
         "counts": rollout.counts,
         "seconds": rollout.seconds,
+        "data_position": rollout.data_position,
     }
     path = _path(folder, step)
     unfinished = path.with_suffix(".unfinished")
@@ -92,7 +93,7 @@ def read_rollout(folder: Path, step: int) -> Rollout:
         groups = [_group(json.loads(line)) for line in lines]
         if len(groups) != fields["groups"]:
             raise RolloutError(f"{path}: holds {len(groups)} of {fields['groups']} groups. Fix: record it anew")
-        return Rollout(groups, fields["counts"], fields["seconds"])
+        return Rollout(groups, fields["counts"], fields["seconds"], fields["data_position"])
     except FileNotFoundError:
         raise RolloutError(_not_recorded(folder, step)) from None
     except (ValueError, KeyError, TypeError) as error:

@@ -172,7 +172,11 @@ class WeightEndpoint:
 
     def load_folder(self, folder: str, *, version: str) -> None:
         """Returns when the engine has loaded an HF folder, under this path."""
-        self._call("/update_weights_from_disk", {"model_path": folder, "weight_version": version, "flush_cache": False})
+        self._call(
+            "/update_weights_from_disk",
+            # The format is named, or SGLang would take the one that it was started with, "dummy" for example.
+            {"model_path": folder, "load_format": "auto", "weight_version": version, "flush_cache": False},
+        )
 
     def forget_cache(self, mode: PauseMode) -> None:
         """Drops the KV cache of the old weights. Requests that were paused in place keep theirs, and then so does the

@@ -25,6 +25,13 @@ CONFIGS = {
     )
     for objective in OBJECTIVES
     for aggregation in AGGREGATIONS
+} | {
+    f"{objective}, {correction} by {level}": loss_config(
+        objective, importance_correction=correction, importance_level=level, importance_cap=1.2
+    )
+    for objective in ("ce_gppo", "gspo")
+    for correction in ("truncated", "masked")
+    for level in ("token", "sequence", "geometric")
 }
 
 

@@ -46,10 +46,22 @@ CASES = {
         {"preset": "released-code", "dual_clip": 1.5, "aggregation": "group_token_mean"},
     ),
     "ce_gppo, some ranks without a token": Case({"preset": "released-code"}, num_samples=1),
-    "ppo_clip": Case({"preset": "grpo", "entropy_coef": 0.01}),
+    "ppo_clip": Case(
+        {
+            "preset": "grpo",
+            "entropy_coef": 0.01,
+            "importance_correction": "truncated",
+            "importance_level": "geometric",
+        }
+    ),
     "dapo": Case({"preset": "dapo", "kl_coef": 0.1, "kl_estimator": "k2"}),
     "cispo": Case(
-        {"preset": "cispo", "aggregation": "seq_mean_token_sum_norm", "importance_correction": "truncated"},
+        {
+            "preset": "cispo",
+            "aggregation": "seq_mean_token_sum_norm",
+            "importance_correction": "truncated",
+            "importance_level": "sequence",
+        },
     ),
     "gspo": Case({"preset": "gspo"}, GSPO_SCALE),
     "gspo, token_mean": Case(

@@ -36,6 +36,10 @@ class Questions:
         self._tokenizer = load_tokenizer(hf_path)
         self._taken = 0
 
+    @property
+    def position(self) -> int:
+        return self._taken
+
     def take(self, n: int) -> list[Prompt]:
         self._taken += n
         return [self._prompt(row) for row in range(self._taken - n, self._taken)]
@@ -78,7 +82,7 @@ def test_logprobs_are_those_of_hf(tiny_model: Path, server: ManagedServer, tempe
         assert len(responses) == 8
         assert len({tuple(response.token_ids) for response in responses}) > 1
         for response in responses:
-            assert response.policy_version == 0
+            assert set(response.policy_versions) == {0}
             assert EOS not in response.token_ids[:-1]
             if response.finish_reason == "stop":
                 assert response.token_ids[-1] == EOS

@@ -9,6 +9,7 @@ from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Prompt, Response, Verdict
 from megatron_gppo.rollout.dispatch import Prospect
 from megatron_gppo.rollout.engine import Engine, EngineError
+from megatron_gppo.rollout.pieces import Staleness
 
 
 class FakeEngine(Engine):
@@ -21,7 +22,12 @@ class FakeEngine(Engine):
         self.in_flight = self.most_in_flight = self.finished = self.aborts = 0
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str]
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingConfig,
+        n: int,
+        counts: Counter[str],
+        staleness: Staleness | None = None,
     ) -> list[Response]:
         [row] = prompt_ids
         self.in_flight += 1
@@ -31,7 +37,7 @@ class FakeEngine(Engine):
             if row == self.fails_on:
                 raise EngineError(f"prompt {row} failed")
             self.finished += 1
-            return [Response([row, i, 1], [-0.5] * 3, f"{row}.{i}", "stop", self.version) for i in range(n)]
+            return [Response([row, i, 1], [-0.5] * 3, f"{row}.{i}", "stop", [self.version] * 3) for i in range(n)]
         finally:
             self.in_flight -= 1
 
@@ -97,6 +103,10 @@ class CountingPrompts:
 
     def __init__(self) -> None:
         self.taken = 0
+
+    @property
+    def position(self) -> int:
+        return self.taken
 
     def take(self, n: int) -> list[Prompt]:
         rows = range(self.taken, self.taken + n)

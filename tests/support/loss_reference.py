@@ -176,8 +176,11 @@ def _importance_weight(config: LossConfig, sequence: Sequence) -> Tensor:
     if config.importance_correction is None:
         return torch.ones_like(old).double()
     log_weight, branch = old.double() - rollout.double(), old - rollout
-    if config.objective == "gspo":
+    level = config.importance_level or ("geometric" if config.objective == "gspo" else "token")
+    if level != "token":
         log_weight, branch = log_weight.mean().expand(len(old)), branch.double().mean().float().expand(len(old))
+    if level == "sequence":
+        log_weight, branch = log_weight * len(old), branch * len(old)
     weight, branch = log_weight.clamp(-20, 20).exp(), branch.clamp(-20, 20).exp()  # the latter in fp32
     cap = config.importance_cap
     if config.importance_correction == "truncated":

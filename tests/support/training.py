@@ -25,6 +25,7 @@ NOT_IN_EVERY_RUN = {  # among the scalars of two steps
     "algorithm/entropy_target",
     "engine/importance_weight",
     "engine/importance_corrected",
+    "engine/importance_effective_sample_size",
     "engine/routing_difference",
     "entropy/covariance_correlation",
     "memory/gpu_peak_gib",
@@ -127,6 +128,7 @@ def check_learned(output: str, run: Path) -> None:
     assert set(logged) - {"engine/routing_difference"} == set(TAGS) - NOT_IN_EVERY_RUN
     assert max(logged["ratio/first_update_max_deviation"]) < 1e-5
     assert max(logged["engine/logprob_difference_max"]) < 1e-4
+    assert max(logged["rollout/staleness_max"]) == max(logged["rollout/mixed_responses"]) == 0
     outside = [
         left + right for left, right in zip(logged["ratio/left_of_clip"], logged["ratio/right_of_clip"], strict=True)
     ]

@@ -25,7 +25,7 @@ def make_group(rewards: list[float], truncated: tuple[int, ...] = (), row: int =
             logprobs=[-0.5] * (index + 1),
             text="",
             finish_reason="length" if index in truncated else "stop",
-            policy_version=0,
+            policy_versions=[],
         )
         for index in range(len(rewards))
     ]

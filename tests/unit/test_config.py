@@ -151,6 +151,18 @@ def test_schedules_in_yaml(tmp_path: Path) -> None:
         ({"rollout.top_p": 1.5}, ["rollout.top_p = 1.5", "less than or equal to 1"]),
         ({"rollout.responses_per_prompt": 1}, ["rollout.responses_per_prompt = 1"]),
         ({"rollout.port": 70000}, ["rollout.port = 70000"]),
+        ({"async.staleness": 3}, ["async.staleness = 3", "less than or equal to 2"]),
+        ({"async.stalenes": 1}, ["async.stalenes = 1", "did you mean staleness?"]),
+        ({"asynch.staleness": 1}, ["unknown key", "did you mean async?"]),
+        ({"async_.staleness": 1}, ["unknown key", "did you mean async?"]),
+        (
+            {"async.staleness": 1, "rollout.mode": "replay", "rollout.replay": "recorded"},
+            ["async.staleness = 1", "rollout.mode: replay has none"],
+        ),
+        (
+            {"async.staleness": 2, "rollout.placement": "colocated"},
+            ["async.staleness = 2", "Fix: set rollout.placement: disaggregated"],
+        ),
         ({"algorithm.clip_low": 1.0}, ["algorithm.clip_low = 1.0"]),
         ({"algorithm.beta1": -0.1}, ["algorithm.beta1 = -0.1"]),
         ({"algorithm.dual_clip": 1.0}, ["algorithm.dual_clip = 1.0"]),
@@ -337,6 +349,7 @@ def test_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         {},
         {"algorithm.preset": "released-code", "algorithm.dual_clip": None},
         {"algorithm.preset": "gspo", "algorithm.kl_coef": 0.1},
+        {"async.staleness": 2, "async.partial_rollouts": False, "algorithm.importance_level": "sequence"},
         {
             "algorithm": {
                 "preset": "paper",

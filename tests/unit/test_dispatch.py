@@ -35,7 +35,9 @@ class FailingEngine(FakeEngine):
         super().__init__(url)
         self.error, self.good, self.is_healthy = error, good, healthy
 
-    async def generate(self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Any) -> list[Response]:
+    async def generate(
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Any, staleness: Any = None
+    ) -> list[Response]:
         if self.finished < self.good:
             return await super().generate(prompt_ids, sampling, n, counts)
         if self.error is not None:
@@ -207,7 +209,7 @@ def test_the_longest_come_first() -> None:
     )
     groups = rollouts.next(1, 0).groups
     for group, length in zip(groups, (5, 9, 2), strict=True):
-        group.responses[:] = [Response([1] * length, [0.0] * length, "", "stop", 0)]
+        group.responses[:] = [Response([1] * length, [0.0] * length, "", "stop", [0] * length)]
         lengths.add(group)
     rows = [0, 1, 77, 2]
     assert lengths.longest_first([Prompt(row, [row], "", "", "") for row in rows]) == [2, 1, 0, 3]

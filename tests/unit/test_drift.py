@@ -17,7 +17,7 @@ ROLLOUT = Rollout(
     groups=[
         Group(
             Prompt(row, [5, 6], f"prompt {row}", "1", "test"),
-            [Response([7, 8, 1], [-1.0, -2.0, -3.0], f"response {row} {i}", "stop", 4) for i in range(2)],
+            [Response([7, 8, 1], [-1.0, -2.0, -3.0], f"response {row} {i}", "stop", [4] * 3) for i in range(2)],
             [Verdict(0.0, False, "scored"), Verdict(1.0, True, "scored")],
         )
         for row in range(2)

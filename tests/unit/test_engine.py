@@ -13,6 +13,7 @@ from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Response
 from megatron_gppo.rollout import engine as engine_module
 from megatron_gppo.rollout.engine import Engine, EngineError
+from megatron_gppo.rollout.pieces import Staleness
 
 SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_response_tokens=8)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -31,8 +32,17 @@ def answer(token_ids: tuple[int, ...] = (8, 1), **meta: Any) -> dict[str, Any]:
     }
 
 
+ABORTED = {"finish_reason": {"type": "abort", "message": "Aborted"}}
+
+
 def generate(
-    handler: Handler, *, n: int = 2, timeout_s: float = 30.0, max_retries: int = 2, api_key: str | None = None
+    handler: Handler,
+    *,
+    n: int = 2,
+    timeout_s: float = 30.0,
+    max_retries: int = 2,
+    api_key: str | None = None,
+    staleness: Staleness | None = None,
 ) -> tuple[list[Response], Counter[str]]:
     """Engine.generate against a server whose POST /generate is `handler`."""
 
@@ -48,7 +58,7 @@ def generate(
         await engine.connect()
         counts: Counter[str] = Counter()
         try:
-            return await engine.generate([2, 3], SAMPLING, n, counts), counts
+            return await engine.generate([2, 3], SAMPLING, n, counts, staleness), counts
         finally:
             await engine.disconnect()
             await runner.cleanup()
@@ -87,8 +97,8 @@ def test_reads_responses() -> None:
     items = [answer(), answer((7, 6, 5), finish_reason={"type": "length", "length": 3})]
     responses, counts = generate(always(items))
     assert responses == [
-        Response([8, 1], [-0.5, -0.5], "5", "stop", 4),
-        Response([7, 6, 5], [-0.5, -0.5, -0.5], "5", "length", 4),
+        Response([8, 1], [-0.5, -0.5], "5", "stop", [4, 4]),
+        Response([7, 6, 5], [-0.5, -0.5, -0.5], "5", "length", [4, 4, 4]),
     ]
     assert not counts
 
@@ -100,7 +110,7 @@ def test_one_response_is_not_a_list() -> None:
 
 def test_weights_as_started_are_version_0() -> None:
     responses, _ = generate(always(answer(weight_version="default")), n=1)
-    assert responses[0].policy_version == 0
+    assert responses[0].policy_versions == [0, 0]
 
 
 def test_sends_the_whole_sampling_configuration_and_the_key() -> None:
@@ -135,7 +145,7 @@ def test_sends_the_whole_sampling_configuration_and_the_key() -> None:
         [web.Response(status=500), web.Response(status=503)],
         [web.Response(status=429), web.Response(status=408)],
         [None, None],
-        [web.json_response([answer(finish_reason={"type": "abort", "message": "Aborted"})] * 2), None],
+        [web.json_response([answer(**ABORTED)] * 2), None],
     ],
     ids=["5xx", "4xx that pass", "disconnects", "aborted by somebody"],
 )
@@ -182,6 +192,65 @@ def test_nobody_listens() -> None:
         asyncio.run(run())
 
 
+def spans(*bounds: tuple[int, int, int]) -> dict[str, Any]:
+    """An answer of two tokens with these (version, start, end)."""
+    return answer(weight_versions=[{"version": str(v), "start": start, "end": end} for v, start, end in bounds])
+
+
+def test_tokens_have_the_versions_of_their_spans() -> None:
+    """What a server says that paused, got new weights, and went on."""
+    responses, _ = generate(always(spans((3, 0, 1), (5, 1, 2))), n=1)
+    assert responses[0].policy_versions == [3, 5]
+
+
+class Cutting:
+    """A server that aborts what it generates, as often as `cuts` says, after three tokens more each time (the first time
+    in the queue, without a token), and has newer weights after each."""
+
+    def __init__(self, cuts: int) -> None:
+        self.cuts = cuts
+        self.bodies: list[dict[str, Any]] = []
+
+    async def __call__(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        version = str(len(self.bodies))
+        if len(self.bodies) > self.cuts:
+            count = (
+                len(body["input_ids"]) if isinstance(body["sampling_params"], list) else body["sampling_params"]["n"]
+            )
+            return web.json_response([answer(weight_version=version)] * count)
+        if len(self.bodies) == 1:  # one of three is complete
+            return web.json_response([answer((), **ABORTED), answer(weight_version=version), answer((), **ABORTED)])
+        return web.json_response([answer((5, 6, 7), weight_version=version, **ABORTED)] * 2)
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3])
+def test_what_a_weight_sync_cuts_goes_on_where_it_stopped(cuts: int) -> None:
+    server = Cutting(cuts)
+    responses, counts = generate(server, n=3, staleness=Staleness(cuts, lambda token_ids: f"text of {token_ids}"))
+    assert counts == {"carried_on_responses": 2 * cuts}
+    # The last token of an aborted piece is drawn anew: it may be an EOS.
+    kept = [5, 6] * (cuts - 1)
+    versions = [version for version in range(2, cuts + 1) for _ in range(2)] + [cuts + 1] * 2
+    for response in (responses[0], responses[2]):
+        assert response == Response([*kept, 8, 1], [-0.5] * (2 * cuts), f"text of {[*kept, 8, 1]}", "stop", versions)
+    assert responses[1] == Response([8, 1], [-0.5, -0.5], "5", "stop", [1, 1])
+    for number, body in enumerate(server.bodies[1:]):
+        assert body["input_ids"] == [[2, 3] + [5, 6] * number] * 2
+        assert [params["max_new_tokens"] for params in body["sampling_params"]] == [8 - 2 * number] * 2
+        assert all(params["n"] == 1 and params["temperature"] == 0.7 for params in body["sampling_params"])
+        assert body["return_logprob"]
+
+
+def test_aborts_that_no_sync_explains_are_retries_and_bounded() -> None:
+    responses, counts = generate(Cutting(3), n=3, staleness=Staleness(1, str))
+    assert len(responses) == 3
+    assert counts == {"carried_on_responses": 6, "retried_requests": 2}
+    with pytest.raises(EngineError, match=r"/generate: failed 3 times .*the request was aborted in the server"):
+        generate(Cutting(100), n=3, staleness=Staleness(1, str))
+
+
 def without(key: str) -> dict[str, Any]:
     item = answer()
     del item["meta_info"][key]
@@ -200,10 +269,13 @@ def without(key: str) -> dict[str, Any]:
         (answer(output_token_logprobs=[[-0.5, 8, None], [float("nan"), 1, None]]), "not a finite number"),
         (answer(output_token_logprobs=[[-0.5, 8, None], [None, 1, None]]), "not a finite number"),
         (answer(finish_reason={"type": "stop", "matched": "NaN happened"}), "finish_reason stop, matched 'NaN happened'"),
-        (answer(weight_versions=[{"version": "3"}, {"version": "4"}]), r"several weight versions: \['3', '4'\]"),
+        (spans((3, 0, 1), (4, 1, 3)), "malformed answer: weight_versions = .* are not of 2 tokens"),
+        (spans((3, 0, 1)), "are not of 2 tokens"),
+        (spans((3, 1, 2)), "are not of 2 tokens"),
         (answer(weight_version="mine"), "weight_version = 'mine' is not a number"),
         ({"error": "odd"}, "malformed answer: KeyError 'meta_info'; it starts {'error': 'odd'}"),
-        ([answer()] * 3, "malformed answer"),
+        ([answer()] * 3, "asked for 1 responses"),
+        (["text"], "malformed answer: TypeError"),
     ],
 )  # fmt: skip
 def test_malformed_answers_are_errors(item: Any, message: str) -> None:

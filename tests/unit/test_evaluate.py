@@ -38,7 +38,7 @@ class CountingEngine(FakeEngine):
         self.asked: Counter[tuple[int, int, int]] = Counter()
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str]
+        self, prompt_ids: list[int], sampling: SamplingConfig, n: int, counts: Counter[str], staleness: Any = None
     ) -> list[Response]:
         self.asked[prompt_ids[0], n, sampling.max_response_tokens] += 1
         return await super().generate(prompt_ids, sampling, n, counts)

@@ -28,8 +28,8 @@ def test_no_collection_runs_while_it_parses(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_rollout_has_a_short_repr() -> None:
-    response = Response([7] * 100_000, [-0.5] * 100_000, "x" * 100_000, "stop", 3)
+    response = Response([7] * 100_000, [-0.5] * 100_000, "x" * 100_000, "stop", [3] * 100_000)
     prompt = Prompt(5, [1] * 10_000, "y" * 10_000, "42", "math")
     rollout = Rollout([Group(prompt, [response] * 2, [Verdict(1.0, True, "scored")] * 2)], {}, {})
     assert len(repr(rollout)) < 1000
-    assert "policy_version=3" in repr(rollout)
+    assert "finish_reason='stop'" in repr(rollout)

@@ -37,6 +37,18 @@ EXTRAS = {
     "nll": {"nll_coef": 0.1},
     "truncated": {"importance_correction": "truncated", "importance_cap": 1.25},
     "masked": {"importance_correction": "masked", "importance_cap": 1.5},
+    "truncated_sequence": {
+        "importance_correction": "truncated",
+        "importance_cap": 1.25,
+        "importance_level": "sequence",
+    },
+    "masked_sequence": {"importance_correction": "masked", "importance_cap": 2.5, "importance_level": "sequence"},
+    "truncated_geometric": {
+        "importance_correction": "truncated",
+        "importance_cap": 1.01,
+        "importance_level": "geometric",
+    },
+    "masked_geometric": {"importance_correction": "masked", "importance_cap": 1.2, "importance_level": "geometric"},
     "all": {
         "dual_clip": 3.0,
         "kl_coef": 0.1,
@@ -282,7 +294,30 @@ def test_importance_correction(correction: str, weights: list[float], corrected:
     output.loss.backward()
     assert (-5 * logprobs.grad).tolist() == pytest.approx(weights)
     assert output.metrics["importance_weight"] == pytest.approx(sum(weights))
+    assert output.metrics["squared_importance_weight"] == pytest.approx(sum(weight**2 for weight in weights))
     assert output.metrics["importance_corrected"] == corrected
+
+
+@pytest.mark.parametrize(
+    ("correction", "level", "weights"),
+    [
+        ("truncated", "sequence", [2.0] * 3 + [0.125] * 2),  # 2 * 2 * 1 is above the cap of 2, and 0.25 * 0.5 below 1/2
+        ("masked", "sequence", [0.0] * 5),
+        ("truncated", "geometric", [4 ** (1 / 3)] * 3 + [0.125**0.5] * 2),
+        ("masked", "geometric", [4 ** (1 / 3)] * 3 + [0.0] * 2),
+    ],
+)
+def test_importance_correction_of_sequences(correction: str, level: str, weights: list[float]) -> None:
+    """By hand: two sequences, of three tokens and of two."""
+    config = loss_config("ppo_clip", importance_correction=correction, importance_level=level)
+    inputs = single_sequence(torch.zeros(5), torch.ones(5)).pack(config)
+    inputs["cu_seqlens"] = torch.tensor([0, 3, 5], dtype=torch.int32)
+    inputs["sequence_lengths"] = torch.tensor([3, 2])
+    inputs["group_lengths"] = inputs["correct"] = None
+    inputs["rollout_logprobs"] = -torch.tensor([2.0, 2.0, 1.0, 0.25, 0.5]).log()
+    logprobs = inputs["logprobs"].requires_grad_()
+    policy_loss(config, **inputs).loss.backward()
+    assert (-5 * logprobs.grad).tolist() == pytest.approx(weights)
 
 
 def test_approx_kl_is_an_unbiased_estimate_of_kl_old_new() -> None:
@@ -309,6 +344,8 @@ def test_approx_kl_is_an_unbiased_estimate_of_kl_old_new() -> None:
         ({"aggregation": "seq_mean_token_mean"}, "sequence_lengths"),
         ({"kl_coef": 0.1}, "ref_logprobs"),
         ({"importance_correction": "masked"}, "rollout_logprobs"),
+        ({"importance_correction": "masked", "importance_level": "sequence"}, "sequence_lengths"),
+        ({"importance_correction": "masked", "importance_level": "geometric"}, "cu_seqlens"),
         ({"entropy_coef": 0.1}, "entropy"),
         ({"nll_coef": 0.1}, "cu_seqlens"),
         ({"nll_coef": 0.1}, "correct"),

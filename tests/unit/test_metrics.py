@@ -21,6 +21,7 @@ from megatron_gppo.scalars import (
     in_force_scalars,
     rollout_scalars,
     sample_texts,
+    staleness_scalars,
     step_histograms,
     step_scalars,
     update_scalars,
@@ -38,7 +39,7 @@ def make_group(row: int, rewards: list[float], lengths: list[int], outcomes: lis
                 logprobs=[-0.1] * length,
                 text=f"response\n```{length}```",
                 finish_reason="length" if length >= 10 else "stop",
-                policy_version=1,
+                policy_versions=[1] * length,
             )
             for length in lengths
         ],
@@ -100,7 +101,7 @@ def make_logger(run_dir: Path, output: io.StringIO | None = None, **settings: in
 
 
 def test_rollout_scalars() -> None:
-    scalars = rollout_scalars(make_rollout())
+    scalars = rollout_scalars(4, make_rollout())
     assert scalars == {
         "reward/mean": 0.25,
         "reward/std": pytest.approx(np.std([1, 0, 0, 0])),
@@ -118,6 +119,10 @@ def test_rollout_scalars() -> None:
         "rollout/surplus_groups": 0,
         "rollout/retried_requests": 1,
         "rollout/timed_out_requests": 0,
+        "rollout/carried_on_responses": 0,
+        "rollout/staleness_mean": 2.0,  # step 4 starts from version 3, and these are of version 1
+        "rollout/staleness_max": 2.0,
+        "rollout/mixed_responses": 0.0,
         "rollout/moved_requests": 0,
         "rollout/malformed_answers": 0,
         "rollout/lost_engines": 0,
@@ -130,12 +135,25 @@ def test_rollout_scalars() -> None:
     }
 
 
+def test_ages_are_of_tokens() -> None:
+    """Step 4 starts from version 3."""
+    responses = [
+        Response([7] * len(versions), [-0.1] * len(versions), "", "stop", versions)
+        for versions in ([1], [2, 2, 3], [3, 3, 3, 3])
+    ]
+    assert staleness_scalars(4, responses) == {
+        "rollout/staleness_mean": 0.5,
+        "rollout/staleness_max": 2.0,
+        "rollout/mixed_responses": pytest.approx(1 / 3),
+    }
+
+
 def test_every_event_that_a_rollout_counts_is_logged() -> None:
     assert set(EVENTS) == set(COUNTS)
 
 
 def test_rollout_without_groups_has_its_counts() -> None:
-    scalars = rollout_scalars(Rollout(groups=[], counts={"dropped_groups": 4}, seconds={}))
+    scalars = rollout_scalars(1, Rollout(groups=[], counts={"dropped_groups": 4}, seconds={}))
     assert scalars["rollout/dropped_groups"] == 4
     assert scalars["rollout/groups"] == 0
     assert "reward/mean" not in scalars
@@ -186,6 +204,8 @@ def test_importance_correction_is_averaged_over_tokens() -> None:
     scalars = update_scalars([make_stats(ratios=[1.0, 1.0]), make_stats(ratios=[1.0])])
     assert scalars["engine/importance_weight"] == pytest.approx((2 * math.exp(0.5) + 1.0) / 3)
     assert scalars["engine/importance_corrected"] == 0.0
+    effective = (2 * math.exp(0.5) + 1.0) ** 2 / (3 * (2 * math.exp(1.0) + 1.0))
+    assert scalars["engine/importance_effective_sample_size"] == pytest.approx(effective)
 
 
 def test_first_update_deviation_is_that_of_the_first_update() -> None:
@@ -248,7 +268,7 @@ def test_what_is_logged_is_what_is_documented(tmp_path: Path) -> None:
     rollout = make_rollout()
     updates = [make_stats(ratios=[1.0, 1.5])]
     trace = [EntropyPoint(0.1, 1.0), EntropyPoint(0.2, 0.9), EntropyPoint(0.3, 0.7), EntropyPoint(0.1, 0.6)]
-    scalars = step_scalars(rollout, updates, trace, phases.seconds)
+    scalars = step_scalars(4, rollout, updates, trace, phases.seconds)
     scalars |= in_force_scalars([InForce(LOSS, lr=1e-6, entropy_target=0.4)]) | {"engine/routing_difference": 0.0}
     with make_logger(tmp_path) as logger:
         logger.log_step(1, scalars, sample_texts(rollout, 2), step_histograms(updates))
@@ -289,7 +309,8 @@ def test_heading_and_line_have_the_same_columns(tmp_path: Path) -> None:
     with make_logger(tmp_path, output) as logger:
         for step in range(1, 22):
             logger.log_step(
-                step, step_scalars(make_rollout(), [make_stats(ratios=[1.0, 2.0])], [], {"step": 10.0, "train": 7.5})
+                step,
+                step_scalars(step, make_rollout(), [make_stats(ratios=[1.0, 2.0])], [], {"step": 10.0, "train": 7.5}),
             )
     lines = output.getvalue().splitlines()
     assert [number for number, line in enumerate(lines) if line.lstrip().startswith("step")] == [0, 21]
@@ -384,9 +405,9 @@ def test_parts_of_a_reward(tmp_path: Path) -> None:
     group = make_group(0, [1.0, 0.0], [1, 1])
     verdicts = [Verdict(0.5, True, "scored", None, {"answer": 1.0, "overlong": -0.5})] * 2
     rollout = Rollout([Group(group.prompt, group.responses, verdicts)], {}, {})
-    found = rollout_scalars(rollout)
+    found = rollout_scalars(2, rollout)
     assert (found["reward_part/answer"], found["reward_part/overlong"]) == (1.0, -0.5)
-    assert not any(tag.startswith("reward_part") for tag in rollout_scalars(make_rollout()))
+    assert not any(tag.startswith("reward_part") for tag in rollout_scalars(4, make_rollout()))
 
 
 def test_an_evaluation_is_logged_at_its_step(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def responses(draw: st.DrawFn) -> Response:
     token_ids = draw(ids)
     logprobs = draw(st.lists(finite, min_size=len(token_ids), max_size=len(token_ids)))
     reason = draw(st.sampled_from(["stop", "length"]))
-    return Response(token_ids, logprobs, draw(any_text), reason, draw(st.integers(0, 10**6)))  # type: ignore[arg-type]
+    versions = draw(st.lists(st.integers(0, 10**6), min_size=len(token_ids), max_size=len(token_ids)))
+    return Response(token_ids, logprobs, draw(any_text), reason, versions)  # type: ignore[arg-type]
 
 
 prompts = st.builds(Prompt, st.integers(0, 10**9), ids, any_text, any_text, any_text)
@@ -32,6 +33,7 @@ rollouts = st.builds(
     st.lists(groups, max_size=3),
     st.dictionaries(st.text(), st.integers(), max_size=2),
     st.dictionaries(st.text(), finite, max_size=2),
+    st.integers(0, 10**6),
 )
 
 
@@ -49,7 +51,7 @@ class Source:
 
 def small() -> Rollout:
     prompt = Prompt(3, [5, 14], "2+", "5", "sums")
-    response = Response([8, 1], [-0.1, -1e-30], "5\n\u2028\r", "stop", 2)
+    response = Response([8, 1], [-0.1, -1e-30], "5\n\u2028\r", "stop", [2, 3])
     return Rollout(
         [Group(prompt, [response], [Verdict(1.0, True, "scored")])] * 3, {"dropped_groups": 1}, {"reward": 0.1}
     )
@@ -89,7 +91,7 @@ def test_a_missing_step_is_an_error(tmp_path: Path) -> None:
         (lambda data: data[: len(data) // 2], "damaged|holds [012] of 3 groups"),
         (lambda data: data[: data.rindex(b"\n", 0, -1) + 1], "holds 2 of 3 groups"),
         (lambda data: b"", "damaged"),
-        (lambda data: data.replace(b'"format": 1', b'"format": 99'), "format 99, this version reads 1"),
+        (lambda data: data.replace(b'"format": 2', b'"format": 99'), "format 99, this version reads 2"),
         (lambda data: data.replace(b'"logprobs"', b'"log_probs"'), "damaged"),
     ],
 )

@@ -73,7 +73,7 @@ def _user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def response(text: str, num_tokens: int = 1) -> Response:
-    return Response([1] * num_tokens, [0.0] * num_tokens, text, "stop", 0)
+    return Response([1] * num_tokens, [0.0] * num_tokens, text, "stop", [0] * num_tokens)
 
 
 def judge(rewards: Any, texts: list[str], ground_truth: str = "12") -> list[Verdict]:

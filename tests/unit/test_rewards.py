@@ -78,7 +78,7 @@ def prompt(ground_truth: str = "12", data_source: str = "test") -> Prompt:
 
 
 def response(text: str) -> Response:
-    return Response(token_ids=[1], logprobs=[0.0], text=text, finish_reason="stop", policy_version=0)
+    return Response(token_ids=[1], logprobs=[0.0], text=text, finish_reason="stop", policy_versions=[0])
 
 
 def judge(pool: Rewards, texts: list[str], ground_truth: str = "12", data_source: str = "test") -> list[Verdict]:
@@ -368,7 +368,7 @@ from megatron_gppo.rollout.rewards import Rewards
 
 pool = Rewards(RewardConfig(function="user_rewards:obey", workers=3, timeout_s=1000.0))
 prompt = Prompt(0, [1], "?", "12", sys.argv[1])
-responses = [Response([1], [0.0], f"{how} noting pid", "stop", 0) for how in ("hang in C", "sleep")]
+responses = [Response([1], [0.0], f"{how} noting pid", "stop", [0]) for how in ("hang in C", "sleep")]
 asyncio.run(pool.judge(prompt, responses))
 """
 

@@ -100,11 +100,11 @@ def test_a_failure_reaches_the_training_loop(tmp_path: Path) -> None:
 
 def test_engines_that_came_back_are_given_the_weights(tmp_path: Path) -> None:
     class DiesOnce(FakeEngine):
-        async def generate(self, *arguments: Any) -> list[Response]:
+        async def generate(self, *arguments: Any, **options: Any) -> list[Response]:
             if self.finished == 4:
                 self.finished += 1
                 raise EngineFaultError("it died")
-            return await super().generate(*arguments)
+            return await super().generate(*arguments, **options)
 
     engine = DiesOnce()
     engines = ReturningEngines([engine])
