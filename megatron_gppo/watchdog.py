@@ -74,6 +74,7 @@ class Watchdog:
         self._since = self._moved = time.monotonic()
         self._rank_0_moves = 0
         self._ending_seen: float | None = None
+        self._naming_until = 0.0  # the main thread is finding out who is gone: no stall
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -122,7 +123,7 @@ class Watchdog:
             raise PeerGone(cause) from error
 
     def _who_is_gone(self) -> str:
-        self._ending_seen = time.monotonic() + 2 * REPORT_S  # to be left alone meanwhile
+        self._ending_seen = self._naming_until = time.monotonic() + 2 * REPORT_S  # to be left alone meanwhile
         self._await(lambda: self._peers.num_reports == self._world_size, REPORT_S)
         ending = self._peers.ending
         if ending is None:
@@ -154,6 +155,8 @@ class Watchdog:
         if ending is not None and ending.kind == "stall":
             return ending.text
         now = time.monotonic()
+        if now < self._naming_until:
+            return None
         limit = self._limits.get(self._phase, self._stall_s)
         if now - self._moved > limit:
             return f"{self._where()}: no progress for {limit:g} s"

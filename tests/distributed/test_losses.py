@@ -32,6 +32,8 @@ CONFIGS = {
     for objective in ("ce_gppo", "gspo")
     for correction in ("truncated", "masked")
     for level in ("token", "sequence", "geometric")
+    # The reference differentiates the sequence's ratio, whose token form is another one where tokens weigh differently.
+    if (objective, level) != ("gspo", "token")
 }
 
 
