@@ -17,9 +17,8 @@ from typing import Any, Literal
 
 from megatron_gppo.config import RolloutConfig
 from megatron_gppo.rollout.dispatch import Prospect
-from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError
+from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, call_engine
 from megatron_gppo.rollout.hosts import EngineHost
-from megatron_gppo.rollout.http_calls import call
 from megatron_gppo.rollout.router import Router
 from megatron_gppo.rollout.server import make_engine
 
@@ -278,7 +277,7 @@ class EnginePool:
             member.memory_released = "weights" in tags
 
     def _call(self, engine: Engine, path: str, body: dict[str, Any]) -> None:
-        call(engine.url, path, self._config.api_key, body, timeout_s=MEMORY_TIMEOUT_S)
+        call_engine(engine.url, path, self._config.api_key, body, timeout_s=MEMORY_TIMEOUT_S)
 
     def _tell_router(self) -> None:
         with self._lock:

@@ -14,9 +14,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from megatron_gppo.config import ConfigError, RolloutConfig
-from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError
+from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, call_engine
 from megatron_gppo.rollout.guarding import guarded
-from megatron_gppo.rollout.http_calls import call
 from megatron_gppo.rollout.server import free_port, make_engine
 
 START_TIMEOUT_S = 60.0
@@ -38,18 +37,18 @@ class Router:
         self._workers: set[str] = set()
         port = free_port(HOST)
         self.url = f"http://{HOST}:{port}"
-        command = [
-            *(sys.executable, "-m", "sglang_router.launch_router", "--host", HOST, "--port", str(port)),
-            *(
-                "--prometheus-host",
-                HOST,
-                "--prometheus-port",
-                str(free_port(HOST)),
-            ),  # or every router takes one and the same
-            *("--policy", "cache_aware", "--disable-retries", "--disable-circuit-breaker", "--disable-health-check"),
-            *("--request-timeout-secs", str(int(rollout.request_timeout_s) + 60)),  # later than the client's own
-            *("--log-level", "warn"),
+        command = [sys.executable, "-m", "sglang_router.launch_router", "--host", HOST, "--port", str(port)]
+        # Every router would take one and the same port for its metrics.
+        command += ["--prometheus-host", HOST, "--prometheus-port", str(free_port(HOST))]
+        command += [
+            "--policy",
+            "cache_aware",
+            "--disable-retries",
+            "--disable-circuit-breaker",
+            "--disable-health-check",
         ]
+        # Later than the client's own limit.
+        command += ["--request-timeout-secs", str(int(rollout.request_timeout_s) + 60), "--log-level", "warn"]
         if rollout.api_key is not None:
             command += ["--api-key", rollout.api_key]
         with log_path.open("ab") as log:
@@ -66,7 +65,7 @@ class Router:
         while True:
             self.check()
             try:
-                call(self.url, "/liveness", self._api_key, timeout_s=CALL_TIMEOUT_S)
+                call_engine(self.url, "/liveness", self._api_key, timeout_s=CALL_TIMEOUT_S)
                 return
             except EngineFaultError as error:
                 if time.monotonic() > deadline:
@@ -85,7 +84,7 @@ class Router:
     def set_workers(self, urls: set[str]) -> None:
         """From now on it sends requests to these engines. Returns when it does; raises EngineFaultError."""
         for url in self._workers - urls:
-            call(
+            call_engine(
                 self.url,
                 f"/workers/{quote(self._ids()[url], safe='')}",
                 self._api_key,
@@ -94,7 +93,7 @@ class Router:
             )
         for url in urls - self._workers:
             body = {"url": url} | ({"api_key": self._api_key} if self._api_key is not None else {})
-            call(self.url, "/workers", self._api_key, body, timeout_s=CALL_TIMEOUT_S)
+            call_engine(self.url, "/workers", self._api_key, body, timeout_s=CALL_TIMEOUT_S)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not urls <= set(self._ids()):
             if time.monotonic() > deadline:
@@ -110,7 +109,7 @@ class Router:
 
     def _ids(self) -> dict[str, str]:
         """The router's names of its healthy workers, by URL."""
-        answer = json.loads(call(self.url, "/workers", self._api_key, timeout_s=CALL_TIMEOUT_S))
+        answer = json.loads(call_engine(self.url, "/workers", self._api_key, timeout_s=CALL_TIMEOUT_S))
         return {worker["url"]: worker["id"] for worker in answer["workers"] if worker["is_healthy"]}
 
 

@@ -5,7 +5,6 @@ not reach it, and it ends whenever the trainer does.
 """
 
 import contextlib
-import http.client
 import os
 import shlex
 import socket
@@ -16,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gppo.config import Config, ConfigError, RolloutConfig
+from megatron_gppo.http_calls import HttpCallError, call
 from megatron_gppo.rollout import cpu_engine
 from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, Supervised
 from megatron_gppo.rollout.guarding import GRACE_SECONDS, guarded
-from megatron_gppo.rollout.http_calls import opener, request
 from megatron_gppo.rollout.placement import EnginePlace, only_place
 
 HEALTH_TIMEOUT_S = 5.0
@@ -144,18 +143,16 @@ def make_engine(config: RolloutConfig, url: str, process: Supervised | None = No
 
 def wait_healthy(url: str, api_key: str | None, timeout_s: float, server: ManagedServer | None = None) -> None:
     """Returns when GET /health answers 200. Raises EngineError after timeout_s, or when the server has ended."""
-    try:
-        health = request(url, "/health", api_key)
-    except ValueError as error:
-        raise ConfigError(f"rollout.urls: {error}. Fix: write it as http://HOST:PORT") from None
     deadline = time.monotonic() + timeout_s
     while True:
         if server is not None and not server.alive():
             raise EngineError(f"the SGLang server at {url} ended while starting")
         try:
-            with opener().open(health, timeout=HEALTH_TIMEOUT_S):
-                return
-        except (OSError, http.client.HTTPException) as error:
+            call(url, "/health", api_key, timeout_s=HEALTH_TIMEOUT_S)
+            return
+        except ValueError as error:
+            raise ConfigError(f"rollout.urls: {error}. Fix: write it as http://HOST:PORT") from None
+        except HttpCallError as error:
             answer = str(error)
         if time.monotonic() > deadline:
             raise EngineError(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gppo.weight_sync.bucket import Bucket
-from megatron_gppo.weight_sync.endpoint import EngineProcess, WeightEndpoint, WeightSyncError
+from megatron_gppo.weight_sync.endpoint import EngineProcess, NoAnswerError, WeightEndpoint, WeightSyncError
 from megatron_gppo.weight_sync.fleet import Calls, Fleet, in_thread
 from megatron_gppo.weight_sync.transport import Processes, SendAgainError
 
@@ -144,20 +144,21 @@ class DistributedTransport:
             self._break_up(fleet, phase, calls, "")
 
     def _break_up(self, fleet: Fleet, phase: str, calls: Calls[None], cause: str) -> NoReturn:
-        """Ends the group, and finds out who is to blame: the engines that had failed before or, if it was none of them, those
-        that do not even answer that the group has ended. Failing that, all.
+        """Ends the group, and finds out who is to blame: the engines that do not even answer that it has ended. Failing that,
+        those that had answered with an error before. Failing that, all.
+
+        In this order, because a dying engine breaks the others' connections before its own to us: they answer first.
         """
-        guilty = [endpoint for endpoint, call in calls.items() if _has_failed(call)]
+        failed_before = [endpoint for endpoint, call in calls.items() if _has_failed(call)]
         self._end_group()
-        _, waiting = wait(calls.values(), timeout=GRACE_S)
-        silent = [endpoint for endpoint, call in calls.items() if call in waiting]
-        for endpoint in guilty:
-            fleet.lose(endpoint, phase, str(calls[endpoint].exception()))
-        for endpoint in silent:
-            fleet.lose(endpoint, phase, cause or f"still waiting {GRACE_S:g} s after its group had ended")
-        if not guilty and not silent:
-            for endpoint in calls:
-                fleet.lose(endpoint, phase, cause)
+        wait(calls.values(), timeout=GRACE_S)
+        gone = [endpoint for endpoint, call in calls.items() if not call.done() or _has_no_answer(call)]
+        for endpoint in gone or failed_before or calls:
+            call = calls[endpoint]
+            if not call.done():
+                fleet.lose(endpoint, phase, cause or f"still waiting {GRACE_S:g} s after its group had ended")
+            else:
+                fleet.lose(endpoint, phase, str(call.exception() or cause))
         fleet.require_one()
         raise SendAgainError
 
@@ -172,6 +173,10 @@ class DistributedTransport:
 
 def _has_failed(call: Future[Any]) -> bool:
     return call.done() and call.exception() is not None
+
+
+def _has_no_answer(call: Future[Any]) -> bool:
+    return isinstance(call.exception(), NoAnswerError)
 
 
 def _make_store(host: str, port: int, timeout_s: float, *, is_master: bool) -> dist.TCPStore:

@@ -1,10 +1,7 @@
 """The control endpoints of one SGLang server that a weight update needs, as plain blocking HTTP calls."""
 
 import base64
-import http.client
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,11 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_gppo.config import PauseMode
+from megatron_gppo.http_calls import HttpCallError, call
 from megatron_gppo.weight_sync.bucket import Bucket
 
 
 class WeightSyncError(RuntimeError):
     """Weights did not reach an engine, or not the right ones. The message names the phase and the engine's URL."""
+
+
+class NoAnswerError(WeightSyncError):
+    """The server cannot be reached, broke off, or took too long. One that answers with an error is another matter."""
 
 
 class _UnknownPathError(WeightSyncError):
@@ -63,13 +65,9 @@ class WeightEndpoint:
         """`gpus` of the TP ranks, if known: an engine that was shown only some counts them from 0."""
         self.url = url.rstrip("/")
         self._gpus = tuple(gpus)
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._api_key = api_key
         self._timeout_s = timeout_s
         self._in_session = False
-        # Engines are peers inside the cluster: an http_proxy in the environment is not meant for them.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def process(self) -> "EngineProcess":
         """What runs behind the URL now."""
@@ -247,25 +245,8 @@ class WeightEndpoint:
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> bytes:
         """POSTs the body, or GETs without one."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
         try:
-            with self._opener.open(request, timeout=self._timeout_s) as response:
-                return response.read()
-        except urllib.error.HTTPError as error:
-            kind = _UnknownPathError if error.code == 404 else WeightSyncError
-            raise kind(f"{self.url}{path} answered {error.code}: {_message(error.read())}") from error
-        except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", error)
-            if isinstance(cause, TimeoutError):
-                raise WeightSyncError(f"{self.url}{path} did not answer within {self._timeout_s:g} s") from error
-            raise WeightSyncError(f"{self.url}{path} failed: {cause or type(cause).__name__}") from error
-
-
-def _message(answer: bytes) -> str:
-    """What a server says went wrong: SGLang's "message", FastAPI's "detail", or the text as it is."""
-    try:
-        fields = json.loads(answer)
-        return str(fields.get("message") or fields.get("detail") or fields)
-    except (ValueError, AttributeError):
-        return answer.decode(errors="replace")[:1000]
+            return call(self.url, path, self._api_key, body, timeout_s=self._timeout_s)
+        except HttpCallError as error:
+            kind = {None: NoAnswerError, 404: _UnknownPathError}.get(error.status, WeightSyncError)
+            raise kind(str(error)) from error

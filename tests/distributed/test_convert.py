@@ -23,6 +23,7 @@ from megatron_gppo.convert.memory import same_bits
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.weight_sync.export import Exporter
 from tests.support.distributed import run_ranks
+from tests.support.policy import leave_model_parallel
 from tests.support.tiny import make_tiny_model
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {  # by number of ranks, which take turns: starting them is what takes time
@@ -110,12 +111,10 @@ def run_layouts(
     rank: int, models: Path, output: Path, names: list[str], layouts: list[dict[str, Any]]
 ) -> list[dict[str, dict[str, Any]]]:
     """For each layout and model: logits, exported tensors."""
-    from megatron.core import parallel_state
-
     results = []
     for i, layout in enumerate(layouts):
         results.append(load_run_save(rank, models, output / str(i), names, layout))
-        parallel_state.destroy_model_parallel()
+        leave_model_parallel()
     return results
 
 
@@ -209,7 +208,13 @@ def export(chunks: list[Any], architecture: Architecture, parallel: ParallelStat
             if not getattr(tensor, "shared", False):  # the last stage's copy of a tied embedding
                 shards[canonical_name(architecture, live_name, offset, expert_offset)] = tensor.detach()
     exporter = Exporter(parameters(architecture), shards, parallel, torch.float32, bucket_bytes=100_000)
-    return {name: tensor.clone() for bucket in exporter.export(shards) for name, tensor in bucket.tensors().items()}
+    # Cloned while iterating: a bucket's memory is used again for the second one after it.
+    return {
+        name: tensor.clone()
+        for bucket in exporter.export(shards)
+        if bucket is not None
+        for name, tensor in bucket.tensors().items()
+    }
 
 
 def gather(tensor: torch.Tensor, parallel: ParallelState) -> list[torch.Tensor]:

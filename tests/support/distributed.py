@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+# Imported once, by the process that all ranks are forked from: importing Megatron takes longer than most tests' computation.
+PRELOADED = ["tests.support.policy"]
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300) -> list[Any]:
     """Calls ``function(rank, *args)`` on ``world_size`` processes that share a gloo default group.
@@ -25,7 +28,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     failed first, and TimeoutError when the ranks are not done after ``timeout_s`` seconds. No process outlives the call.
     """
     with tempfile.TemporaryDirectory(prefix="run_ranks_") as folder:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         processes = [
             context.Process(
                 target=_run_rank, args=(rank, world_size, folder, timeout_s, function, args), name=f"rank {rank}"

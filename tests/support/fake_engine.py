@@ -66,7 +66,7 @@ class FixedEngines:
         self.reasons[url] = why
 
     def prospect(self) -> Prospect:
-        raise EngineError(f"no engine is left: {self.reasons}")
+        raise EngineError(f"no engine is left: {'; '.join(self.reasons.values())}")
 
     def take_counts(self) -> dict[str, int]:
         return {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_gppo.algorithm import loss_denominator, policy_loss
@@ -84,10 +85,17 @@ def build_policy(config: Config) -> Policy:
 
 
 def leave_model_parallel() -> None:
-    """So that the same processes can form another layout."""
+    """So that the same processes can form another layout.
+
+    Megatron forgets its groups without ending them, and gloo keeps a thread for each, which wakes up all the time: after
+    some layouts, the machine is busy with nothing else.
+    """
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def make_samples(num_groups: int, group_size: int, vocab_size: int, seed: int = 0) -> list[Sample]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gppo.config import Config, parse_config
-from megatron_gppo.rollout.engine import authorization
+from megatron_gppo.http_calls import authorization
 
 
 def make_config(hf_path: Path, run_dir: Path, **rollout: Any) -> Config:

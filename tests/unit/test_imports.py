@@ -9,7 +9,7 @@ import megatron_gppo
 
 PACKAGE = Path(megatron_gppo.__file__).parent
 
-BASE = {"datatypes", "config", "metrics", "schedules"}
+BASE = {"datatypes", "config", "http_calls", "metrics", "schedules"}
 EVERYTHING = {
     *BASE,
     "algorithm",
@@ -37,6 +37,7 @@ EVERYTHING = {
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "datatypes": set(),
+    "http_calls": set(),
     "schedules": set(),
     "config": {"schedules"},
     "metrics": set(),

@@ -2,6 +2,8 @@
 
 import base64
 import pickle
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from megatron_gppo.convert.hf_checkpoint import HfCheckpoint
 from megatron_gppo.weight_sync import WeightSyncError
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.disk import DiskTransport
-from megatron_gppo.weight_sync.endpoint import EngineProcess, WeightEndpoint
+from megatron_gppo.weight_sync.distributed import DistributedTransport
+from megatron_gppo.weight_sync.endpoint import EngineProcess, NoAnswerError, WeightEndpoint
 from megatron_gppo.weight_sync.fleet import Fleet
 from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport, is_on_this_machine, serialized
+from megatron_gppo.weight_sync.transport import SendAgainError
 from tests.support.policy_shards import SINGLE
 from tests.support.tiny import make_tiny_model
 
@@ -68,6 +72,36 @@ def test_no_engine_at_all_and_failures_of_the_attempt_before() -> None:
         Fleet([])
     with pytest.raises(WeightSyncError, match="no engine is left; phase 'x': broke"):
         Fleet([], {"http://e": "phase 'x': broke"})
+
+
+def broken_up(calls: dict[WeightEndpoint, Future[None]]) -> dict[str, str]:
+    """Who is blamed when one of the group's calls has failed."""
+    fleet = Fleet([*calls, Endpoint("http://other")])
+    with pytest.raises(SendAgainError):
+        DistributedTransport("127.0.0.1", 1)._break_up(fleet, "broadcast", calls, "")
+    return fleet.failed
+
+
+def test_an_engine_that_dies_is_to_blame_though_another_answers_first() -> None:
+    dying, living = Endpoint("http://dying"), Endpoint("http://living")
+    calls: dict[WeightEndpoint, Future[None]] = {dying: Future(), living: Future()}
+    calls[living].set_exception(WeightSyncError("http://living answered 400: Connection closed by peer"))
+    broken = NoAnswerError("http://dying failed: Connection reset by peer")
+    death = threading.Timer(0.2, lambda: calls[dying].set_exception(broken))
+    death.start()
+    assert broken_up(calls) == {"http://dying": "phase 'broadcast': http://dying failed: Connection reset by peer"}
+    death.join()
+
+
+def test_an_engine_that_answers_with_an_error_is_to_blame_where_none_dies() -> None:
+    refusing, living = Endpoint("http://refusing"), Endpoint("http://living")
+    calls: dict[WeightEndpoint, Future[None]] = {refusing: Future(), living: Future()}
+    calls[refusing].set_exception(WeightSyncError("http://refusing answered 400: unknown tensor"))
+    consequence = WeightSyncError("http://living answered 400: Connection closed by peer")
+    answer = threading.Timer(0.2, lambda: calls[living].set_exception(consequence))
+    answer.start()
+    assert broken_up(calls) == {"http://refusing": "phase 'broadcast': http://refusing answered 400: unknown tensor"}
+    answer.join()
 
 
 def test_a_version_on_disk_is_a_whole_hf_folder_under_its_name(tmp_path: Path) -> None:
