@@ -14,6 +14,7 @@ import torch
 from megatron_gppo.convert.hf_checkpoint import INDEX_FILE
 from megatron_gppo.convert.hf_weights import safetensors_header, weights_index
 from megatron_gppo.convert.memory import memory_of
+from megatron_gppo.metrics import Phases
 from megatron_gppo.weight_sync.bucket import Bucket, Shape
 from megatron_gppo.weight_sync.endpoint import WeightSyncError
 from megatron_gppo.weight_sync.fleet import Fleet, in_thread
@@ -54,11 +55,12 @@ class DiskTransport:
         if version is not None:
             self._last = bucket, version
 
-    def wait(self, fleet: Fleet) -> None:
+    def wait(self, fleet: Fleet, phases: Phases) -> None:
         if self._writing is None:
             return
         try:
-            self._writing.result()
+            with phases("send"):
+                self._writing.result()
             if self._last is None:
                 return
             bucket, version = self._last
@@ -69,7 +71,8 @@ class DiskTransport:
         except OSError as error:
             raise self._failure(error) from error
         self._writing = self._last = None
-        fleet.on_all("load from disk", lambda endpoint: endpoint.load_folder(str(complete), version=version))
+        with phases("load"):
+            fleet.on_all("load from disk", lambda endpoint: endpoint.load_folder(str(complete), version=version))
         for older in self._folder.glob(FOLDER.format("*")):
             if older != complete:
                 shutil.rmtree(older, ignore_errors=True)

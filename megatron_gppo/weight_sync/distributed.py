@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_gppo.metrics import Phases
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.endpoint import EngineProcess, NoAnswerError, WeightEndpoint, WeightSyncError
 from megatron_gppo.weight_sync.fleet import Calls, Fleet, in_thread
@@ -69,19 +70,21 @@ class DistributedTransport:
         # In a thread, because NCCL's first operation waits for the engines to connect.
         self._sending = in_thread(_start_broadcast, self._group, bucket.data)
 
-    def wait(self, fleet: Fleet) -> None:
+    def wait(self, fleet: Fleet, phases: Phases) -> None:
         if self._sending is None:
             return
         sending, calls = self._sending, self._receiving
         self._sending = None
-        self._watch(
-            fleet,
-            f"broadcast {self._phase}",
-            calls,
-            done=lambda: sending.done() and (sending.exception() is not None or sending.result().is_completed()),
-            result=lambda: sending.result().wait(),
-        )
-        self._finish(fleet, f"load {self._phase}", calls)
+        with phases("send"):
+            self._watch(
+                fleet,
+                f"broadcast {self._phase}",
+                calls,
+                done=lambda: sending.done() and (sending.exception() is not None or sending.result().is_completed()),
+                result=lambda: sending.result().wait(),
+            )
+        with phases("load"):
+            self._finish(fleet, f"load {self._phase}", calls)
 
     def close(self) -> None:
         if self._group is None:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gppo.convert.table import Parameter
+from megatron_gppo.metrics import Phases
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.weight_sync.bucket import Bucket, Shape, num_bytes, unflatten
 
@@ -56,6 +57,7 @@ class Exporter:
         self._plan = _plan(parameters, _owners(parameters, shards, parallel), dtype, bucket_bytes)
         self.device = next(iter(shards.values())).device
         self._buffers: list[Tensor] = []
+        self._phases = Phases()
 
     @property
     def num_buckets(self) -> int:
@@ -74,14 +76,17 @@ class Exporter:
         """Size of the bucket with this number, counted from 0."""
         return self._plan[bucket].num_bytes
 
-    def export(self, shards: Mapping[str, Tensor]) -> Iterator[Bucket | None]:
+    def export(self, shards: Mapping[str, Tensor], phases: Phases | None = None) -> Iterator[Bucket | None]:
         """Yields `num_buckets` items on every rank: on rank 0 the buckets, on the shards' device; None elsewhere.
+
+        `phases` gets the seconds of "gather" (collectives) and "convert" (joining shards, copying into the bucket).
 
         Every rank must exhaust the iterator: the peers of a rank that stops early wait for it. A bucket's memory is
         overwritten when the second one after it is taken.
         """
         parallel = self._parallel
         is_stage_root = parallel.tp_rank == 0 and parallel.is_first_copy
+        self._phases = phases or Phases()
         for number, part in enumerate(self._plan):
             bucket = None
             if part.owner.stage == parallel.pp_rank:
@@ -100,12 +105,14 @@ class Exporter:
             return None
         bucket = None
         if parallel.ep_rank == part.owner.ep_rank:
-            whole = [hf for parameter in part.parameters for hf in parameter.to_hf(shards[parameter.name].detach())]
-            bucket = Bucket.flatten(whole, self._dtype, self._buffer(number))
+            with self._phases("convert"):
+                whole = [hf for parameter in part.parameters for hf in parameter.to_hf(shards[parameter.name].detach())]
+                bucket = Bucket.flatten(whole, self._dtype, self._buffer(number))
         if part.owner.ep_rank == 0:
             return bucket
         if bucket is not None:
-            dist.send(bucket.data, group=parallel.ep_group, group_dst=0)
+            with self._phases("gather"):
+                dist.send(bucket.data, group=parallel.ep_group, group_dst=0)
             return None
         return self._receive(number, parallel.ep_group, part.owner.ep_rank) if is_stage_root else None
 
@@ -113,15 +120,17 @@ class Exporter:
         """The bucket on TP rank 0 of the owning stage, None on its other TP ranks."""
         part = self._plan[number]
         own = [shards[parameter.name].detach() for parameter in part.parameters]
-        by_rank = [own] if self._parallel.tp_size == 1 else self._gather_over_tp(own)
+        with self._phases("gather"):
+            by_rank = [own] if self._parallel.tp_size == 1 else self._gather_over_tp(own)
         if not by_rank:
             return None
-        hf_tensors = [
-            hf_tensor
-            for parameter, tp_shards in zip(part.parameters, zip(*by_rank, strict=True), strict=True)
-            for hf_tensor in parameter.to_hf(parameter.join(tp_shards))
-        ]
-        return Bucket.flatten(hf_tensors, self._dtype, self._buffer(number))
+        with self._phases("convert"):
+            hf_tensors = [
+                hf_tensor
+                for parameter, tp_shards in zip(part.parameters, zip(*by_rank, strict=True), strict=True)
+                for hf_tensor in parameter.to_hf(parameter.join(tp_shards))
+            ]
+            return Bucket.flatten(hf_tensors, self._dtype, self._buffer(number))
 
     def _gather_over_tp(self, own: Sequence[Tensor]) -> list[list[Tensor]]:
         """Every TP rank's shards on TP rank 0, nothing on the others."""
@@ -134,14 +143,16 @@ class Exporter:
     def _send_to_first_stage(self, number: int, bucket: Bucket | None) -> Bucket | None:
         group = self._parallel.pp_group
         if bucket is not None:
-            dist.send(bucket.data, group=group, group_dst=0)
+            with self._phases("gather"):
+                dist.send(bucket.data, group=group, group_dst=0)
             return None
         return self._receive(number, group, self._plan[number].owner.stage) if self._parallel.pp_rank == 0 else None
 
     def _receive(self, number: int, group: dist.ProcessGroup | None, group_src: int | None) -> Bucket:
         part = self._plan[number]
         data = self._buffer(number)[: part.num_bytes]
-        dist.recv(data, group=group, group_src=group_src)
+        with self._phases("gather"):
+            dist.recv(data, group=group, group_src=group_src)
         return Bucket(part.names, part.shapes, self._dtype, data)
 
     def _buffer(self, number: int) -> Tensor:

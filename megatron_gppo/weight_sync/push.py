@@ -23,15 +23,15 @@ def push(
     pause: PauseMode,
     device: torch.device,
     sample: RollingSample,
-) -> dict[str, float]:
+    phases: Phases,
+) -> None:
     """Replaces the weights of every engine by `buckets`, which are on `device`, as version `version`, and checks the sample.
 
     While one bucket is being sent and loaded, the next is taken from the iterator. Engines that fail leave the fleet.
 
-    Returns the seconds that went by in preparing, exporting, sending (what the export did not hide) and checking. Raises
+    `phases` gets the seconds of "prepare", "send" and "load" (what taking the next bucket did not hide) and "check". Raises
     WeightSyncError when no engine is left or the sample is wrong, and SendAgainError.
     """
-    phases = Phases()
     with phases("prepare"):
         processes = fleet.on_all("read the engine's layout", WeightEndpoint.process)
         transport.prepare(fleet, processes, device)
@@ -40,16 +40,15 @@ def push(
             fleet.on_all("begin", WeightEndpoint.begin_update)
         sample.begin()
     for number in range(1, num_buckets + 1):
-        with phases("export"):
-            bucket = next(buckets)
+        bucket = next(buckets)
+        transport.wait(fleet, phases)
         with phases("send"):
-            transport.wait(fleet)
             phase = f"bucket {number} of {num_buckets}"
             transport.send(fleet, bucket, phase, version if number == num_buckets else None)
         with phases("check"):
             sample.add(bucket)
-    with phases("send"):
-        transport.wait(fleet)
+    transport.wait(fleet, phases)
+    with phases("load"):
         if transport.in_session:
             fleet.on_all("end", WeightEndpoint.end_update)
         fleet.on_all("forget the old cache", lambda endpoint: endpoint.forget_cache(pause))
@@ -60,4 +59,3 @@ def push(
         held = fleet.on_all("check sample", lambda endpoint: endpoint.checksums(skip=sample.skip))
         sample.check({processes[endpoint]: checksums for endpoint, checksums in held.items()})
         fleet.on_all("resume", WeightEndpoint.resume)
-    return phases.seconds

@@ -24,6 +24,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.multiprocessing import reductions
 
+from megatron_gppo.metrics import Phases
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.weight_sync.bucket import Bucket, num_bytes
 from megatron_gppo.weight_sync.endpoint import EngineProcess, WeightSyncError
@@ -75,9 +76,10 @@ class SharedMemoryTransport:
         handles = {endpoint: self._handles(bucket, self._processes[endpoint]) for endpoint in fleet.endpoints}
         self._loading = fleet.start(lambda endpoint: endpoint.load(handles[endpoint], version=version))
 
-    def wait(self, fleet: Fleet) -> None:
+    def wait(self, fleet: Fleet, phases: Phases) -> None:
         calls, self._loading = self._loading, {}
-        fleet.finish(f"load {self._phase}", calls)
+        with phases("load"):
+            fleet.finish(f"load {self._phase}", calls)
 
     def close(self) -> None:
         self._copies = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_gppo.config import Config, ConfigError
 from megatron_gppo.convert.architecture import Architecture
 from megatron_gppo.convert.table import parameters
+from megatron_gppo.metrics import Phases
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.disk import DiskTransport
@@ -38,7 +39,7 @@ class SyncStats:
     seconds: float
     num_bytes: int  # sent to each engine
     num_buckets: int
-    phases: dict[str, float]  # seconds: prepare, export, send (that the export did not hide), check
+    phases: dict[str, float]  # seconds of rank 0: prepare, gather, convert, send, load (what those did not hide), check
 
 
 class WeightSync:
@@ -153,13 +154,19 @@ class WeightSync:
 
     def _send_once(self, shards: Mapping[str, Tensor], version: int, failed: dict[str, str]) -> dict[str, float] | None:
         urls = self._parallel.from_rank_0(lambda: [url for url in self._to_sync() if url not in failed])
-        buckets = self._buckets(shards, urls)
+        phases = Phases()
+        buckets = self._buckets(shards, urls, phases)
         if self._parallel.rank != 0:
             _drain(buckets)
-        return self._parallel.from_rank_0(lambda: self._push(buckets, urls, version, failed))
+        return self._parallel.from_rank_0(lambda: self._push(buckets, urls, version, failed, phases))
 
     def _push(
-        self, buckets: Iterator[Bucket | None], urls: Sequence[str], version: int, failed: dict[str, str]
+        self,
+        buckets: Iterator[Bucket | None],
+        urls: Sequence[str],
+        version: int,
+        failed: dict[str, str],
+        phases: Phases,
     ) -> dict[str, float] | None:
         """Seconds by phase when the engines at `urls` have the weights, all but those that failed and are now in `failed`.
         None when those that are left have to be sent them again.
@@ -169,7 +176,7 @@ class WeightSync:
         assert self._engines is not None
         try:
             with self._fleet(urls, failed) as fleet:
-                phases = push(
+                push(
                     fleet,
                     self._transport,
                     (bucket for bucket in buckets if bucket is not None),
@@ -178,6 +185,7 @@ class WeightSync:
                     pause=self._config.pause,
                     device=self._exporter.device,
                     sample=self._sample,
+                    phases=phases,
                 )
         except SendAgainError:
             return None
@@ -186,7 +194,7 @@ class WeightSync:
             _drain(buckets)
         self._synced = [endpoint.url for endpoint in fleet.endpoints]
         self._engines.synced(self._synced, version)
-        return phases
+        return phases.seconds
 
     def _verify_all(self, shards: Mapping[str, Tensor], version: int) -> None:
         """Overwrites the weights of the engines, sends them again, and compares with what they had."""
@@ -211,11 +219,12 @@ class WeightSync:
         self._send(shards, version)
         self._parallel.from_rank_0(compare)
 
-    def _buckets(self, shards: Mapping[str, Tensor], urls: Sequence[str]) -> Iterator[Bucket | None]:
+    def _buckets(self, shards: Mapping[str, Tensor], urls: Sequence[str], phases: Phases) -> Iterator[Bucket | None]:
         """The export, with every bucket where the transport wants it. Must be exhausted by every rank."""
         assert self._exporter is not None
-        for number, bucket in enumerate(self._exporter.export(shards)):
-            self._transport.pass_bucket(bucket, self._exporter.bytes_of(number), urls, self._exporter.device)
+        for number, bucket in enumerate(self._exporter.export(shards, phases)):
+            with phases("gather"):
+                self._transport.pass_bucket(bucket, self._exporter.bytes_of(number), urls, self._exporter.device)
             yield bucket
 
     def _to_sync(self) -> list[str]:

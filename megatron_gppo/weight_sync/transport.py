@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_gppo.metrics import Phases
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.endpoint import EngineProcess, WeightEndpoint
 from megatron_gppo.weight_sync.fleet import Fleet
@@ -44,8 +45,10 @@ class Transport(Protocol):
         the engines take it as that of their weights.
         """
 
-    def wait(self, fleet: Fleet) -> None:
-        """Returns when the last bucket is in the engines, and its memory is free."""
+    def wait(self, fleet: Fleet, phases: Phases) -> None:
+        """Returns when the last bucket is in the engines, and its memory is free. `phases` gets the seconds of "send" and
+        "load", so far as they can be told apart.
+        """
 
     def close(self) -> None:
         """Leaves the engines. Never raises."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_gppo.config import parse_config
 from megatron_gppo.convert import Architecture, parameters
+from megatron_gppo.metrics import Phases
 from megatron_gppo.rollout.server import ManagedServer
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError, sync
 from megatron_gppo.weight_sync.bucket import Bucket
@@ -85,6 +86,7 @@ def push_to(
         pause="abort",
         device=torch.device("cpu"),
         sample=sample or RollingSample([name for bucket in buckets for name in bucket.names]),
+        phases=Phases(),
     )
 
 

@@ -14,6 +14,7 @@ from torch.multiprocessing import reductions
 
 from megatron_gppo.config import parse_config
 from megatron_gppo.convert import Architecture, parameters
+from megatron_gppo.metrics import Phases
 from megatron_gppo.rollout.server import ManagedServer
 from megatron_gppo.weight_sync import WeightSync
 from megatron_gppo.weight_sync.endpoint import EngineProcess, WeightEndpoint
@@ -93,7 +94,7 @@ def test_another_process_reads_a_bucket_on_the_gpu(model: Path) -> None:
     )
     transport.pass_bucket(bucket, bucket.data.numel(), [receiver.url], bucket.data.device)
     transport.send(fleet, bucket, "bucket 1 of 1", None)
-    transport.wait(fleet)
+    transport.wait(fleet, Phases())
 
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()

@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks, each a process of its own, and collects what they return."""
 
+import gc
 import os
 import pickle
 import tempfile
@@ -77,6 +78,7 @@ def _run_rank(
     rank: int, world_size: int, folder: str, timeout_s: float, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported need not be searched for garbage
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group(

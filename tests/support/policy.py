@@ -1,5 +1,6 @@
 """A real Megatron policy over gloo ranks, filled from an HF folder, for tests; and its single-process HF reference."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def build_policy(config: Config) -> Policy:
 def leave_model_parallel() -> None:
     """So that the same processes can form another layout.
 
-    Megatron forgets its groups without ending them, and gloo keeps a thread for each, which wakes up all the time: after
-    some layouts, the machine is busy with nothing else.
+    Megatron forgets its groups without ending them, and gloo has threads for each, which wake up all the time: after some
+    layouts, the machine is busy with nothing else. Of the groups in the caller's policy, that comes with the next call.
     """
     from megatron.core import parallel_state
 
@@ -96,6 +97,7 @@ def leave_model_parallel() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()
 
 
 def make_samples(num_groups: int, group_size: int, vocab_size: int, seed: int = 0) -> list[Sample]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_gppo.config import ConfigError, parse_config
 from megatron_gppo.convert.hf_checkpoint import HfCheckpoint
+from megatron_gppo.metrics import Phases
 from megatron_gppo.weight_sync import WeightSyncError
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.disk import DiskTransport
@@ -113,10 +114,10 @@ def test_a_version_on_disk_is_a_whole_hf_folder_under_its_name(tmp_path: Path) -
     transport.prepare(fleet, {}, CPU)
     buckets = make_buckets()
     for number, bucket in enumerate(buckets):
-        transport.wait(fleet)
+        transport.wait(fleet, Phases())
         assert engine.calls == []
         transport.send(fleet, bucket, "bucket", "4" if number == 1 else None)
-    transport.wait(fleet)
+    transport.wait(fleet, Phases())
 
     folder = tmp_path / "weights" / "version_4"
     assert list(folder.parent.iterdir()) == [folder]
@@ -177,7 +178,7 @@ def test_each_rank_of_an_engine_gets_a_handle() -> None:
     fleet = Fleet([engine])
     transport.prepare(fleet, {engine: EngineProcess(engine.url, "", 2, (0, 1), "bfloat16", "cpu", False)}, CPU)
     transport.send(fleet, make_buckets()[0], "bucket 1 of 1", "3")
-    transport.wait(fleet)
+    transport.wait(fleet, Phases())
     [(path, body)] = engine.calls
     assert path == "/update_weights_from_tensor"
     assert len(body["serialized_named_tensors"]) == 2
