@@ -1,5 +1,6 @@
 """Draws a run's curves from its TensorBoard files; runs of the same label, such as seeds, as one mean and its spread."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def draw(runs: Mapping[str, Sequence[Curves]], path: Path) -> None:
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        for (label, curves), color in zip(runs.items(), colors, strict=False):
+        for (label, curves), color in zip(runs.items(), itertools.cycle(colors), strict=False):
             _draw_curve(axis, [run[tag] for run in curves if tag in run], label, color)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False)

@@ -5,7 +5,8 @@ and the token has a high or a low probability (HP, LP). Raising likely tokens (P
 makes the policy more certain; the other two make it less so.
 
 Everything is a sum over loss tokens, so that micro-batches and ranks add up; scalars.py makes shares and means of them.
-A token's gradient weight is |d loss / d logprob| by the objective alone: |F · A| times the aggregation's weight.
+A token's gradient weight is |d loss / d logprob| by the objective alone: |F · A| times the aggregation's weight, over the
+denominator.
 """
 
 import torch
@@ -44,7 +45,7 @@ def entropy_dynamics(
     probability = torch.where(loss_mask, logprobs.exp(), 0.0)
     likely = probability >= config.high_probability
     positive, negative = (advantages > 0) & loss_mask, (advantages < 0) & loss_mask
-    left, right = acting(importance, advantages)
+    left, right = acting(config, importance, advantages)
     kinds = torch.stack(
         [
             left & loss_mask,

@@ -174,7 +174,7 @@ def policy_loss(
         advantages=advantages,
         loss_mask=loss_mask,
         importance=importance,
-        gradient_weights=gradient_weights,
+        gradient_weights=gradient_weights / denominator,
     )
     return LossOutput(loss, metrics, maxima, ratio_histogram(importance, loss_mask))
 
@@ -199,8 +199,14 @@ def _reference_kl(config: LossConfig, logprobs: Tensor, ref_logprobs: Tensor) ->
             value, slope = 0.5 * r * r, r
         case "k3":
             # The slope 1 - e^-r would lose its digits near 0 if autograd added up its two terms.
-            value, slope = torch.expm1(-r) + r, -torch.expm1(-r)
+            value, slope = _expm1_minus(-r), -torch.expm1(-r)
     return value + slope * (logprobs - logprobs.detach())
+
+
+def _expm1_minus(x: Tensor) -> Tensor:
+    """e^x - 1 - x in fp32. In fp64 meanwhile: its terms cancel but for x² / 2, which for small x is all that is left."""
+    x = x.double()
+    return (torch.expm1(x) - x).float()
 
 
 @torch.no_grad()
@@ -230,7 +236,7 @@ def _metrics(
         "ratio": total(importance.ratio),
         "clamped_log_ratio": total(importance.was_clamped),
         # Of KL(old || policy), unbiased because the tokens are the old policy's and E[ratio] = 1: ratio - 1 - log ratio.
-        "approx_kl": total(torch.expm1(token_log_ratio) - token_log_ratio),
+        "approx_kl": total(_expm1_minus(token_log_ratio)),
     }
     maxima = {"ratio": largest(importance.ratio), "abs_ratio_minus_one": largest((importance.ratio - 1.0).abs())}
     if entropy is not None:

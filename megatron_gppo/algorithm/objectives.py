@@ -80,7 +80,7 @@ def surrogate(config: LossConfig, logprobs: Tensor, advantages: Tensor, importan
     if config.objective == "ce_gppo":
         value = factor
     else:
-        acting_left, acting_right = acting(importance, advantages)
+        acting_left, acting_right = acting(config, importance, advantages)
         value = torch.where(acting_left, 1.0 - config.clip_low, importance.ratio)
         value = torch.where(acting_right, 1.0 + config.clip_high, value)
     if config.dual_clip is not None:
@@ -101,7 +101,7 @@ def gradient_factor(config: LossConfig, advantages: Tensor, importance: Importan
         assert config.beta1 is not None
         assert config.beta2 is not None
         left, right = config.beta1 * (1.0 - config.clip_low), config.beta2 * (1.0 + config.clip_high)
-    acting_left, acting_right = acting(importance, advantages)
+    acting_left, acting_right = acting(config, importance, advantages)
     factor = torch.where(acting_left, left, importance.ratio)
     factor = torch.where(acting_right, right, factor)
     if config.dual_clip is not None:
@@ -113,6 +113,8 @@ def _beyond(dual_clip: float, advantages: Tensor, importance: ImportanceRatio) -
     return (advantages < 0) & (importance.ratio > dual_clip)
 
 
-def acting(importance: ImportanceRatio, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """[T] bool each: tokens that the bounds act on, NA&LP (left, A < 0) and PA&LP (right, A > 0)."""
+def acting(config: LossConfig, importance: ImportanceRatio, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """[T] bool each: tokens that the bounds act on, NA&LP (left, A < 0) and PA&LP (right, A > 0); cispo's, with any A."""
+    if config.objective == "cispo":
+        return importance.left & (advantages != 0), importance.right & (advantages != 0)
     return importance.left & (advantages < 0), importance.right & (advantages > 0)

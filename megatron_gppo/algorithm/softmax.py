@@ -82,16 +82,18 @@ class SoftmaxSums:
         self._sums = torch.cat([maximum[None], _rescaled(self._sums, maximum) + _rescaled(sums, maximum)])
 
     def over_ranks(self) -> Softmax:
-        """The sums over the whole vocabulary; several ranks exchange [T] and [3, T]."""
+        """The sums over the whole vocabulary; several ranks exchange [T], and [3, T] ([2, T] without an entropy)."""
         maximum, exp_sum, weighted_sum = self._sums
         target_logit = self._target_logit
         if self._shard.group is not None:
             maximum = maximum.clone()
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self._shard.group)
+            rescaled = _rescaled(self._sums, maximum)
             # One rank has the target's logit, the others 0.
-            parts = torch.cat([_rescaled(self._sums, maximum), target_logit[None]])
+            parts = torch.stack([target_logit, *(rescaled if self._with_entropy else rescaled[:1])])
             dist.all_reduce(parts, group=self._shard.group)
-            exp_sum, weighted_sum, target_logit = parts
+            target_logit, exp_sum = parts[:2]
+            weighted_sum = parts[-1]
         log_sum = exp_sum.log()
         entropy = log_sum - weighted_sum / exp_sum if self._with_entropy else None
         return Softmax(target_logit - maximum - log_sum, maximum, exp_sum, entropy)
@@ -117,7 +119,7 @@ class LogitGradient:
         self._targets, self._shard, self._temperature = targets, shard, temperature
         self._shift = softmax.maximum if centre is None else softmax.maximum - centre / temperature
         logprobs = softmax.logprobs.clamp(min=LOWEST_SHIFTED_LOGIT)
-        # 1 - p of the target from its log-prob: the difference would have no digits left where p is close to 1.
+        # 1 - p of the target from its log-prob, without rounding p first.
         of_targets = grad_logprobs * -logprobs.expm1()
         self._factor = -grad_logprobs / softmax.exp_sum
         self._line = None

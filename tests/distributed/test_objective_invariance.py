@@ -43,7 +43,13 @@ GSPO_SCALE = 0.0033
 CASES = {
     "ce_gppo": Case({"preset": "paper", "kl_coef": 0.1, "importance_correction": "masked"}),
     "ce_gppo, group_token_mean": Case(
-        {"preset": "released-code", "dual_clip": 1.5, "aggregation": "group_token_mean"},
+        {
+            "preset": "released-code",
+            "dual_clip": 1.5,
+            "aggregation": "group_token_mean",
+            "kl_coef": 0.1,
+            "kl_estimator": "k1",
+        },
     ),
     "ce_gppo, some ranks without a token": Case({"preset": "released-code"}, num_samples=1),
     "ppo_clip": Case(
@@ -65,7 +71,7 @@ CASES = {
     ),
     "gspo": Case({"preset": "gspo"}, GSPO_SCALE),
     "gspo, token_mean": Case(
-        {"preset": "gspo", "aggregation": "token_mean", "importance_correction": "truncated", "nll_coef": 0.1},
+        {"preset": "gspo", "aggregation": "token_mean", "importance_correction": "masked", "nll_coef": 0.1},
         GSPO_SCALE,
     ),
 }

@@ -191,11 +191,12 @@ def _importance_weight(config: LossConfig, sequence: Sequence) -> Tensor:
 def _objective(config: LossConfig, logprobs: Tensor, sequence: Sequence) -> Tensor:
     keep = sequence.loss_mask
     advantages = sequence.advantages[keep].double()
-    log_ratio = _clamped(logprobs - sequence.old_logprobs[keep].double())
+    log_ratio = logprobs - sequence.old_logprobs[keep].double()
     log_ratio_fp32 = sequence.logprobs[keep] - sequence.old_logprobs[keep]
     if config.objective == "gspo":
         log_ratio = log_ratio.mean().expand(len(logprobs))
         log_ratio_fp32 = log_ratio_fp32.double().mean().float().expand(len(logprobs))
+    log_ratio = _clamped(log_ratio)
     delta = log_ratio.exp()
     branch = log_ratio_fp32.clamp(-20, 20).exp()  # fp32
     low, high = 1 - config.clip_low, 1 + config.clip_high

@@ -32,7 +32,7 @@ def test_quadrants_add_up_to_the_gradient_of_the_loss(
     config = loss_config(objective, aggregation=aggregation, high_probability=0.3, **settings)
     packed = batch.pack(config)
     metrics = {name: value.item() for name, value in policy_loss(config, **packed).metrics.items()}
-    size = gradients(objective, batch, aggregation=aggregation, **settings).abs() * packed["denominator"]
+    size = gradients(objective, batch, aggregation=aggregation, **settings).abs()
     mask, advantages = packed["loss_mask"], packed["advantages"]
     likely = packed["logprobs"].exp() >= 0.3
     assert metrics["gradient"] == pytest.approx(size[mask].sum().item(), rel=1e-5)
@@ -54,11 +54,29 @@ def test_bounds_act_on_the_tokens_that_they_are_meant_for() -> None:
     inputs = single_sequence(log_ratio, advantages).pack(config)
     metrics = policy_loss(config, **inputs).metrics
     assert (metrics["tokens_left"], metrics["tokens_right"]) == (1, 1)
-    assert metrics["gradient_left"].item() == pytest.approx(0.5 * 0.8 * 2.0)
-    assert metrics["gradient_right"].item() == pytest.approx(1.25 * 1.28 * 3.0)
+    assert metrics["gradient_left"].item() == pytest.approx(0.5 * 0.8 * 2.0 / inputs["denominator"])
+    assert metrics["gradient_right"].item() == pytest.approx(1.25 * 1.28 * 3.0 / inputs["denominator"])
     clipped = inputs["logprobs"][[0, 3]].exp()
     assert metrics["probability_left"].item() == pytest.approx(clipped[0].item())
     assert metrics["probability_right"].item() == pytest.approx(clipped[1].item())
+
+
+def test_cispo_bounds_the_weight_whatever_the_advantage() -> None:
+    log_ratio = torch.tensor([-0.7, -0.7, 0.7, 0.7, 0.7, 0.0])
+    advantages = torch.tensor([-2.0, 1.0, -1.0, 3.0, 0.0, 1.0])
+    inputs = single_sequence(log_ratio, advantages).pack(config := loss_config("cispo"))
+    metrics = policy_loss(config, **inputs).metrics
+    assert (metrics["tokens_left"], metrics["tokens_right"]) == (2, 2)
+
+
+def test_a_tokens_gradient_weight_is_that_in_its_update() -> None:
+    """So that shares over a step's updates are of the gradient that the step takes, not of tokens."""
+    config = loss_config()
+    sums = []
+    for length, advantage in ((10, 1.0), (90, -1.0)):
+        batch = single_sequence(torch.zeros(length), torch.full((length,), advantage))
+        sums.append(policy_loss(config, **batch.pack(config)).metrics["gradient"].item())
+    assert sums == pytest.approx([1.0, 1.0])
 
 
 def test_sums_of_all_tokens() -> None:

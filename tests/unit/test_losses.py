@@ -104,6 +104,23 @@ def test_adversarial_sequence_ratios(dual_clip: float | None) -> None:
     assert_matches_reference(config, one_token_sequences(log_ratio, advantages))
 
 
+def test_gspo_clamps_the_ratio_of_the_sequence_not_of_its_tokens() -> None:
+    batch = single_sequence(torch.tensor([-59.9, 0.0, 0.0]), torch.ones(3))
+    config = loss_config("gspo")
+    assert_matches_reference(config, batch)
+    assert policy_loss(config, **batch.pack(config)).metrics["clamped_log_ratio"] == 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 0.1])
+def test_small_differences_to_the_reference_policy(estimator: str, size: float) -> None:
+    """The terms of k3 cancel there."""
+    batch = single_sequence(torch.zeros(8), torch.zeros(8))
+    (sequence,) = batch.sequences
+    sequence.ref_logprobs = sequence.logprobs + size * torch.linspace(-1, 1, len(sequence.logprobs))
+    assert_matches_reference(loss_config(kl_coef=0.3, kl_estimator=estimator), batch)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_tokens_match_the_reference(data: st.DataObject) -> None:

@@ -391,7 +391,7 @@ def test_sample_texts() -> None:
 def test_the_readme_lists_every_tag_with_its_meaning() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for tag, meaning in {**TAGS, **TAG_FAMILIES}.items():
-        assert f"| `{tag}` | {meaning.replace('|', chr(92) + '|')} |" in readme, tag
+        assert readme.count(f"| `{tag}` | {meaning.replace('|', chr(92) + '|')} |") == 1, tag
 
 
 def test_tags_with_a_name_in_them() -> None:

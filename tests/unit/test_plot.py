@@ -43,6 +43,15 @@ def test_draw(tmp_path: Path, seeds: int) -> None:
         assert (np.abs(pixels * 255 - color).max(axis=-1) < 2).sum() > 1000
 
 
+def test_more_runs_than_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = read_curves(log_run(tmp_path / "run", 1.0))
+    drawn = []
+    monkeypatch.setattr("megatron_gppo.plot._draw_curve", lambda axis, runs, label, color: drawn.append(label))
+    labels = [f"run {number}" for number in range(21)]
+    draw({label: [curves] for label in labels}, tmp_path / "plot.png")
+    assert drawn == labels * len(PANELS)
+
+
 def test_curves_of_unequal_length_and_absent_tags(tmp_path: Path) -> None:
     long, short = read_curves(log_run(tmp_path / "a", 1.0)), read_curves(log_run(tmp_path / "b", 1.0, range(1, 4)))
     del short["policy/kl"]
