@@ -215,7 +215,7 @@ class SamplingConfig(Section):
     """Generation stops there; the response then counts as truncated."""
 
 
-ServerArgs = dict[str, str | int | float | bool]
+ServerArgs = dict[str, str | int | float | bool | list[str | int | float]]
 
 
 class EngineConfig(Section):
@@ -251,7 +251,7 @@ class RolloutConfig(SamplingConfig):
     router: bool = False
     """Several engines: send prompts through sglang-router, which prefers the engine that has a prompt's beginning in its cache."""
     max_restarts: Annotated[int, Field(ge=0)] = 5
-    """managed: times that each engine which died, hung or answered nonsense is started again in a run."""
+    """Times that each engine which died, hung or answered nonsense is started again in a run, or, external, waited for."""
     health_timeout_s: PositiveFloat = 120.0
     """An engine that is working, but whose health check does not succeed for so long, is taken for hung."""
     replay: Path | None = None

@@ -202,6 +202,8 @@ def connect(
     judge = services.rewards
     shaped = OverlongPenalty(judge, overlong, config.rollout.max_response_tokens) if overlong is not None else judge
     staleness, on_progress = config.async_.staleness, watchdog.reporting("rollout")
+    if staleness > 0:  # an evaluation waits for the rollout that is under way
+        on_progress = both(on_progress, watchdog.reporting("evaluation"))
     rollouts: RolloutSource = EngineRollouts(
         config.rollout,
         engines,

@@ -85,12 +85,13 @@ def train_step(run: Run, done: Progress) -> Progress | None:
     )
 
     routing: dict[str, float] = {}
-    with saved_if_engines_fail(run, progress), whole_responses(run, phases), phases("sync"):
+    probes = step % config.sync.verify_every == 0
+    with saved_if_engines_fail(run, progress), whole_responses(run, phases, probes), phases("sync"):
         if run.sync is not None:
             run.if_colocated(EnginePool.resume_weights)
             run.sync.sync(policy.shards(), version=step)
             run.if_colocated(EnginePool.resume_kv_cache)
-            if step % config.sync.verify_every == 0:
+            if probes:
                 routing = probe(run, run.sync, samples[0])
 
     with phases("checkpoint"):
@@ -143,15 +144,18 @@ def sync_again(run: Run, version: int) -> None:
 
 
 @contextmanager
-def whole_responses(run: Run, phases: Phases) -> Iterator[None]:
-    """Without async.partial_rollouts, no response is in flight in the body; waiting for those that are is time for rollouts."""
+def whole_responses(run: Run, phases: Phases, probes: bool) -> Iterator[None]:
+    """Without async.partial_rollouts, no response is in flight in the body; waiting for those that are is time for rollouts.
+
+    Nor is any where it probes: engines would answer a probe after all that they have been asked before, too late.
+    """
     with ExitStack() as stack:
 
         def pause() -> None:
             if run.ahead is not None:
                 stack.enter_context(run.ahead.paused())
 
-        if run.config.async_.staleness > 0 and not run.config.async_.partial_rollouts:
+        if run.config.async_.staleness > 0 and (probes or not run.config.async_.partial_rollouts):
             with phases("rollout"):
                 run.parallel.from_rank_0(pause)
         yield

@@ -54,7 +54,7 @@ def limits(config: Config) -> dict[str, float]:
         "start": stall + config.rollout.start_timeout_s,
         "rollout": requests,
         "evaluation": requests,
-        "sync": stall + config.sync.timeout_s,
+        "sync": stall + config.sync.timeout_s + rollout.start_timeout_s,  # it may wait for an engine to come up
         "checkpoint": collective,
     }
 

@@ -7,6 +7,7 @@ nothing of it goes on in the engines.
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
@@ -42,6 +43,9 @@ class EngineSource(Protocol):
 
     def prospect(self) -> Prospect:
         """What to wait for when none serves. Raises EngineError when none comes back."""
+
+    def quiet_since(self) -> float:
+        """Since when (time.monotonic()) no weight sync has been under way; infinity while one is."""
 
     def take_counts(self) -> Mapping[str, int]:
         """Events since the last call, and how many serve now."""
@@ -212,16 +216,21 @@ class Dispatcher:
         return [engine for engine, requests in self._in_flight.items() if requests and engine not in known]
 
     async def _check_health(self, engine: Engine) -> None:
-        """One check, after a while. An engine without work is left alone: it may be sleeping."""
+        """One check, after a while. An engine without work is left alone: it may be sleeping. So is one that was given
+        weights meanwhile: paused for that, it cannot succeed.
+        """
         await asyncio.sleep(HEALTH_INTERVAL_S)
         if not self._in_flight[engine] and self._engines.front() is None:
             return
         await self._connect(engine)
+        start = time.monotonic()
         try:
             async with asyncio.timeout(self._health_timeout_s):
                 while not await engine.healthy():
                     await asyncio.sleep(HEALTH_RETRY_S)
         except TimeoutError:
+            if self._engines.quiet_since() > start:
+                return
             self._faulty(
                 engine,
                 f"{engine.url}: no health check succeeded within rollout.health_timeout_s = {self._health_timeout_s:g} s",

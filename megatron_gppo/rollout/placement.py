@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_gppo.config import ConfigError, EngineConfig, RolloutConfig
+from megatron_gppo.config import ConfigError, EngineConfig, RolloutConfig, ServerArgs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class EnginePlace:
     port: int | None  # None: a free one
     gpus: list[int] = field(default_factory=list)  # none: what the node shows
     cores: list[int] = field(default_factory=list)  # none: the system decides
-    server_args: dict[str, str | int | float | bool] = field(default_factory=dict)
+    server_args: ServerArgs = field(default_factory=dict)
 
     @property
     def cores_of_ranks(self) -> list[list[int]]:
@@ -97,10 +97,16 @@ def _gpus(rollout: RolloutConfig, entry: EngineConfig, here: Node, tp: int, befo
                 f"rollout.engines: gpus = {entry.gpus}, but {taken} are the policy's, which takes the first {policy} of each node. "
                 "Fix: give others, start fewer ranks, or set rollout.placement: colocated"
             )
+        if absent := [gpu for gpu in entry.gpus if gpu >= torch.cuda.device_count()]:
+            raise ConfigError(
+                f"rollout.engines: gpus = {entry.gpus}, but there are {torch.cuda.device_count()} on a node, counted from 0, and so "
+                f"no {absent}. Fix: give others"
+            )
         return entry.gpus
     if "base_gpu_id" in {name.replace("-", "_") for name in (*rollout.server_args, *entry.server_args)}:
         return []  # the user's, in SGLang's own way
-    used = {gpu for place in before for gpu in place.gpus}
+    named = {gpu for other in rollout.engines for gpu in other.gpus or []}  # on whichever node
+    used = named | {gpu for place in before for gpu in place.gpus}
     free = [gpu for gpu in range(policy, torch.cuda.device_count()) if gpu not in used]
     wanted = entry.count * tp
     if len(free) < wanted:

@@ -4,9 +4,10 @@
 
 An engine serves only after a sync named it (synced()), whether it has just been started or came back from a failure. One
 that is lost is ended and started again in a thread of its own, after a growing pause, at most rollout.max_restarts times
-in a run; an external one is waited for instead.
+in a run; an external one is waited for instead, as often.
 """
 
+import math
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ class _Member:
     engine: Engine | None = None  # None until it is up
     restarts: int = 0
     came_back: bool = False  # and was given no weights yet
+    coming_up: bool = False  # a restarted one
     memory_released: bool = False
     thread: threading.Thread | None = field(default=None, repr=False)
 
@@ -59,6 +61,7 @@ class EnginePool:
         self._members = [_Member(host) for host in hosts]
         self._counts: Counter[str] = Counter()
         self._why = "none was started"  # the latest loss
+        self._quiet_since = -math.inf
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._may_start = threading.Event()  # not while the policy has the GPUs to itself
@@ -93,14 +96,18 @@ class EnginePool:
         """What there is to wait for when none serves. Raises EngineError when nothing is."""
         with self._lock:
             states = {member.state for member in self._members}
-            if "waiting" in states:
+            if "serving" not in states and "waiting" in states:
                 return "needs weights"
-            if "starting" in states:
+            if states & {"starting", "serving"}:  # one may serve since the caller looked
                 return "starting"
             raise EngineError(
                 f"no engine is left: each has been started again rollout.max_restarts = {self._config.max_restarts} times, or does "
                 f"not come back. The last that was lost: {self._why}"
             )
+
+    def quiet_since(self) -> float:
+        """When the last weight sync ended (time.monotonic()); infinity while one is under way."""
+        return self._quiet_since
 
     def take_counts(self) -> dict[str, int]:
         """lost_engines and restarted_engines (served again) since the last call, and serving_engines now."""
@@ -115,6 +122,7 @@ class EnginePool:
         while True:
             self._find_ended()
             if urls := [engine.url for engine in self._engines("serving", "waiting")]:
+                self._quiet_since = math.inf
                 return urls
             self.prospect()
             self._may_start.set()  # colocated: the policy has done its training
@@ -129,6 +137,7 @@ class EnginePool:
     def synced(self, urls: Sequence[str], version: int) -> None:
         """These hold the weights of this version, and serve."""
         with self._lock:
+            self._quiet_since = time.monotonic()
             for member in self._members:
                 if member.engine is not None and member.engine.url in urls and member.state == "waiting":
                     member.state = "serving"
@@ -151,8 +160,14 @@ class EnginePool:
     # Colocated placement.
 
     def release_memory(self) -> None:
-        """Has every engine give back its GPU memory, weights and KV cache. What it was generating is aborted."""
-        self._may_start.clear()
+        """Has every engine give back its GPU memory, weights and KV cache. What it was generating is aborted.
+
+        One that is coming up at this moment takes its memory first, and is waited for; no other is started meanwhile.
+        """
+        with self._lock:
+            self._may_start.clear()
+        while any(member.coming_up for member in self._members):
+            time.sleep(POLL_S)
         self._on_all(self._release)
 
     def resume_weights(self) -> None:
@@ -183,7 +198,7 @@ class EnginePool:
     def _is_up(self, member: _Member, url: str) -> None:
         with self._lock:
             member.engine = make_engine(self._config, url, member.host if member.host.managed else None)
-            member.memory_released = False
+            member.memory_released = member.coming_up = False
             member.state = "waiting" if self._needs_weights else "serving"
 
     def _find_ended(self) -> None:
@@ -199,7 +214,7 @@ class EnginePool:
         assert member.engine is not None
         self._counts["lost_engines"] += 1
         self._why = why
-        comes_back = not member.host.managed or member.restarts < self._config.max_restarts
+        comes_back = member.restarts < self._config.max_restarts
         member.state = "starting" if comes_back else "gone"
         _say(f"lost the engine at {member.engine.url}: {why}")
         target = self._bring_back if comes_back else lambda member: member.host.close()
@@ -211,7 +226,11 @@ class EnginePool:
         while not self._closing.is_set():
             self._closing.wait(min(FIRST_PAUSE_S * 2**member.restarts, MAX_PAUSE_S))
             self._may_start.wait()
-            member.restarts += member.host.managed
+            with self._lock:
+                if not self._may_start.is_set():  # any more
+                    continue
+                member.coming_up = True
+            member.restarts += 1
             try:
                 if self._closing.is_set():
                     return
@@ -219,6 +238,7 @@ class EnginePool:
                 url = member.host.wait_ready()
             except Exception as error:  # whatever it is, the engine is not there
                 with self._lock:
+                    member.coming_up = False
                     self._why = str(error)
                     if not member.host.managed or member.restarts >= self._config.max_restarts:
                         member.state = "gone"
@@ -265,6 +285,7 @@ class EnginePool:
                 self._call(engine, "/flush_cache", {})  # refused while it works
                 break
             except EngineFaultError:
+                member.host.check()
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(POLL_S)

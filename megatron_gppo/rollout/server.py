@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_gppo.config import Config, ConfigError, RolloutConfig
+from megatron_gppo.config import Config, ConfigError, RolloutConfig, ServerArgs
 from megatron_gppo.http_calls import HttpCallError, call
 from megatron_gppo.rollout import cpu_engine
 from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, Supervised
@@ -26,7 +26,19 @@ HEALTH_INTERVAL_S = 0.5
 LOG_TAIL_BYTES = 65536  # searched for a known cause
 LOG_TAIL_LINES = 30  # shown
 LOG_LINE_CHARACTERS = 300
-OWN_ARGS = ("model_path", "dtype", "host", "port", "api_key", "tp_size", "weight_version")
+# With the names that SGLang takes for the same.
+OWN_ARGS = (
+    "model_path",
+    "model",
+    "dtype",
+    "host",
+    "port",
+    "api_key",
+    "tp_size",
+    "tp",
+    "tensor_parallel_size",
+    "weight_version",
+)
 
 # torchrun describes the trainer's ranks in these. SGLang forms groups of its own, and with
 # TORCHELASTIC_USE_AGENT_STORE set torch would look for their store in torchrun instead of making one.
@@ -170,7 +182,7 @@ def server_command(config: Config, port: int, place: EnginePlace) -> list[str]:
             f"rollout.server_args = {place.server_args}: {', '.join(repeated)} is set by fields of this configuration. "
             "Fix: use model.hf_path, model.dtype, rollout.{engine_dtype, host, port, api_key, engine_tp} or an entry's tp"
         )
-    args: dict[str, str | int | float | bool] = {
+    args: ServerArgs = {
         "model_path": str(config.model.hf_path),
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[rollout.engine_dtype or config.model.dtype],
         "host": rollout.host,
@@ -193,7 +205,7 @@ def server_command(config: Config, port: int, place: EnginePlace) -> list[str]:
             continue
         command.append(f"--{name.replace('_', '-')}")
         if value is not True:
-            command.append(str(value))
+            command += map(str, value if isinstance(value, list) else [value])
     return command
 
 

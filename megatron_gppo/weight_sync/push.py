@@ -7,7 +7,7 @@ import torch
 from megatron_gppo.config import PauseMode
 from megatron_gppo.metrics import Phases
 from megatron_gppo.weight_sync.bucket import Bucket
-from megatron_gppo.weight_sync.endpoint import WeightEndpoint
+from megatron_gppo.weight_sync.endpoint import WeightEndpoint, WeightSyncError
 from megatron_gppo.weight_sync.fleet import Fleet
 from megatron_gppo.weight_sync.sample import RollingSample
 from megatron_gppo.weight_sync.transport import Transport
@@ -18,6 +18,7 @@ def push(
     transport: Transport,
     buckets: Iterator[Bucket],
     num_buckets: int,
+    num_bytes: int,
     *,
     version: str,
     pause: PauseMode,
@@ -25,7 +26,8 @@ def push(
     sample: RollingSample,
     phases: Phases,
 ) -> None:
-    """Replaces the weights of every engine by `buckets`, which are on `device`, as version `version`, and checks the sample.
+    """Replaces the weights of every engine by `buckets`, which are on `device` and hold `num_bytes`, as version `version`,
+    and checks the sample.
 
     While one bucket is being sent and loaded, the next is taken from the iterator. Engines that fail leave the fleet.
 
@@ -39,8 +41,10 @@ def push(
         if transport.in_session:
             fleet.on_all("begin", WeightEndpoint.begin_update)
         sample.begin()
+    num_sent = 0
     for number in range(1, num_buckets + 1):
         bucket = next(buckets)
+        num_sent += bucket.data.nbytes
         transport.wait(fleet, phases)
         with phases("send"):
             phase = f"bucket {number} of {num_buckets}"
@@ -53,6 +57,8 @@ def push(
             fleet.on_all("end", WeightEndpoint.end_update)
         fleet.on_all("forget the old cache", lambda endpoint: endpoint.forget_cache(pause))
     with phases("check"):
+        if num_sent != num_bytes:
+            raise WeightSyncError(f"weight sync: {num_sent} bytes were sent, not {num_bytes}")
         for endpoint, reported in fleet.on_all("check version", WeightEndpoint.weight_version).items():
             if reported != version:
                 fleet.lose(endpoint, "check version", f"reports weight version {reported}, not {version}")

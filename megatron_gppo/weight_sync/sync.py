@@ -181,6 +181,7 @@ class WeightSync:
                     self._transport,
                     (bucket for bucket in buckets if bucket is not None),
                     self._exporter.num_buckets,
+                    self._exporter.num_bytes,
                     version=str(version),
                     pause=self._config.pause,
                     device=self._exporter.device,

@@ -82,6 +82,7 @@ def push_to(
         transport,
         iter(buckets),
         len(buckets),
+        sum(bucket.data.nbytes for bucket in buckets),
         version=str(version),
         pause="abort",
         device=torch.device("cpu"),

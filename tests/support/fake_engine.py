@@ -1,6 +1,7 @@
 """Stand-ins for our own Engine and Judge in unit tests. Nothing here claims to generate."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +68,9 @@ class FixedEngines:
 
     def prospect(self) -> Prospect:
         raise EngineError(f"no engine is left: {'; '.join(self.reasons.values())}")
+
+    def quiet_since(self) -> float:
+        return -math.inf
 
     def take_counts(self) -> dict[str, int]:
         return {}

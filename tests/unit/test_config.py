@@ -142,7 +142,7 @@ def test_schedules_in_yaml(tmp_path: Path) -> None:
         ),
         ({"reward.extra": {"a": {"function": "b:c", "wieght": 2}}}, ["reward.extra.a.wieght", "did you mean weight?"]),
         ({"optimizer.betas": [0.9]}, ["optimizer.betas.1"]),
-        ({"rollout.server_args": {"tp": [1]}}, ["rollout.server_args.tp = [1]: input should be a valid string"]),
+        ({"rollout.server_args": {"tp": None}}, ["rollout.server_args.tp = None: input should be a valid string"]),
         # bounds
         ({"train.steps": 0}, ["train.steps = 0", "greater than or equal to 1"]),
         ({"parallel.tp": 0}, ["parallel.tp = 0"]),

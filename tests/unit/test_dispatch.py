@@ -1,6 +1,7 @@
 """Requests over engines that fail: the invariants of Dispatcher, with engines that are ours."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_a_hung_engine_is_noticed_by_its_health() -> None:
     assert "no health check succeeded within rollout.health_timeout_s = 0.1 s" in engines.reasons["http://hung"]
     assert counts["moved_requests"] == 2, "both that were in flight there"
     assert hung.in_flight == 0
+
+
+def test_an_engine_that_is_given_weights_cannot_be_healthy_and_is_not_hung() -> None:
+    class Syncing(FixedEngines):
+        looks = 0
+
+        def quiet_since(self) -> float:
+            """Under way for as long as two checks take."""
+            self.looks += 1
+            return math.inf if self.looks <= 2 else -math.inf
+
+    engines = Syncing([FakeEngine("http://good"), FailingEngine("http://paused", healthy=False)])
+    found, _ = run(engines, 10, health_timeout_s=0.1)
+    assert sorted(found) == list(range(10))
+    assert list(engines.reasons) == ["http://paused"], "as hung, after the sync"
+    assert engines.looks == 3
 
 
 def test_a_slow_engine_that_is_healthy_is_waited_for() -> None:

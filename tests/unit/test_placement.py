@@ -59,6 +59,7 @@ def test_gpus_are_those_that_the_policy_leaves(monkeypatch: pytest.MonkeyPatch) 
     on_cuda(monkeypatch, 8)
     found = places(engines=[{"count": 2, "tp": 2}, {"gpus": [7]}, {}])
     assert [of.gpus for of in found] == [[2, 3], [4, 5], [7], [6]]
+    assert [of.gpus for of in places(engines=[{}, {"gpus": [2]}])] == [[3], [2]], "whatever the order"
     together = places(ranks=8, placement="colocated", engines=[{"count": 4, "tp": 2}])
     assert [of.gpus for of in together] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert places(ranks=8, server_args={"base-gpu-id": 4})[0].gpus == [], "in SGLang's own way"
@@ -68,6 +69,7 @@ def test_gpus_are_those_that_the_policy_leaves(monkeypatch: pytest.MonkeyPatch) 
     ("engines", "message"),
     [
         ([{"gpus": [1]}], r"gpus = \[1\], but \[1\] are the policy's, which takes the first 2"),
+        ([{"gpus": [9]}], r"gpus = \[9\], but there are 8 on a node, counted from 0, and so no \[9\]"),
         ([{"count": 7}], "7 engines of tp 1 need 7 GPUs of a node, and the policy's ranks and other engines leave 6"),
         ([{"count": 6}, {}], "1 engines of tp 1 need 1 GPUs .* leave 0"),
     ],

@@ -128,6 +128,34 @@ def test_restarts_pause_longer_each_time_and_are_bounded(monkeypatch: pytest.Mon
         assert all(pause >= least for pause, least in zip(pauses, (0.05, 0.1, 0.2), strict=True))
 
 
+def test_an_external_engine_that_keeps_failing_is_given_up() -> None:
+    """It is healthy whenever asked, and then answers nonsense again."""
+    host = FakeHost("a")
+    host.managed = False
+    with serving_pool(host, max_restarts=2) as pool:
+        for start in (1, 2):
+            pool.lost(f"http://a-{start}", "nonsense")
+            pool.synced(pool.to_sync(), 0)
+            assert urls(pool) == [f"http://a-{start + 1}"]
+        pool.lost("http://a-3", "nonsense")
+        with pytest.raises(EngineError, match=r"no engine is left.*nonsense"):
+            pool.prospect()
+
+
+def test_an_engine_that_serves_since_the_caller_looked_is_no_error() -> None:
+    with serving_pool(FakeHost("a")) as pool:
+        assert pool.prospect() == "starting"
+
+
+def test_when_no_sync_was_under_way() -> None:
+    with serving_pool(FakeHost("a")) as pool:
+        assert pool.quiet_since() < time.monotonic()
+        pool.to_sync()
+        assert pool.quiet_since() > time.monotonic()
+        pool.synced([], 1)
+        assert pool.quiet_since() < time.monotonic()
+
+
 def test_without_restarts_the_first_loss_is_final() -> None:
     host = FakeHost("a")
     with serving_pool(host, max_restarts=0) as pool:
@@ -231,6 +259,29 @@ def test_an_engine_lost_while_the_policy_trains_is_started_when_there_is_room_ag
         calls.clear()
         pool.resume_weights()
         assert not calls, "nothing is released"
+
+
+def test_an_engine_that_is_coming_up_when_the_policy_wants_the_memory_gives_it_back_first() -> None:
+    with control_server() as (url, calls):
+        host = FakeHost("a")
+        with serving_pool(host) as pool:
+            host.url = url
+            host.may_be_ready.clear()
+            pool.lost("http://a-1", "it died")
+            until(lambda: host.starts == 2)
+            threading.Timer(0.1, host.may_be_ready.set).start()
+            pool.release_memory()
+            assert calls[-1][0] == "/release_memory_occupation"
+
+
+def test_releasing_the_memory_of_an_engine_that_has_ended_does_not_wait() -> None:
+    host = FakeHost("a")
+    with control_server(busy_flushes=10**9) as (url, _):
+        host.url = url
+        with serving_pool(host, max_restarts=0) as pool:
+            threading.Timer(0.1, setattr, (host, "dead", True)).start()
+            pool.release_memory()
+            assert urls(pool) == []
 
 
 def test_a_colocated_engine_that_is_the_only_one_is_started_for_the_sync() -> None:

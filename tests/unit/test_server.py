@@ -61,7 +61,12 @@ def test_server_args_replace_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert value_of(arguments, "--max-total-tokens") == "99"
 
 
-@pytest.mark.parametrize("name", ["port", "tp-size", "model_path"])
+def test_server_args_with_several_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = command(monkeypatch, False, server_args={"cuda_graph_bs": [1, 2, 4]})
+    assert arguments[-4:] == ["--cuda-graph-bs", "1", "2", "4"]
+
+
+@pytest.mark.parametrize("name", ["port", "tp-size", "tp", "model_path"])
 def test_server_args_cannot_replace_fields(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"rollout.server_args = .*{name.replace('-', '_')} is set by fields"):
         command(monkeypatch, False, server_args={name: 1})

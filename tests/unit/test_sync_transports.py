@@ -1,8 +1,10 @@
 """What transports write and send, and what a fleet does with engines that fail. Real engines: tests/e2e/test_weight_sync.py."""
 
 import base64
+import json
 import pickle
 import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from megatron_gppo.weight_sync import WeightSyncError
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.disk import DiskTransport
 from megatron_gppo.weight_sync.distributed import DistributedTransport
-from megatron_gppo.weight_sync.endpoint import EngineProcess, NoAnswerError, WeightEndpoint
+from megatron_gppo.weight_sync.endpoint import Checksums, EngineProcess, EngineTensor, NoAnswerError, WeightEndpoint
 from megatron_gppo.weight_sync.fleet import Fleet
+from megatron_gppo.weight_sync.push import push
+from megatron_gppo.weight_sync.sample import RollingSample
 from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport, is_on_this_machine, serialized
 from megatron_gppo.weight_sync.transport import SendAgainError
 from tests.support.policy_shards import SINGLE
@@ -103,6 +107,68 @@ def test_an_engine_that_answers_with_an_error_is_to_blame_where_none_dies() -> N
     answer.start()
     assert broken_up(calls) == {"http://refusing": "phase 'broadcast': http://refusing answered 400: unknown tensor"}
     answer.join()
+
+
+class Talking(Endpoint):
+    """An engine that holds whatever it is said to hold."""
+
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        answers = {"/server_info": {"tp_size": 1}, "/model_info": {"weight_version": "3"}}
+        return json.dumps(answers.get(path, {})).encode()
+
+    def checksums(self, skip: Sequence[str] = ()) -> Checksums:
+        return {EngineTensor(name, 0): name for name in "abc" if name not in skip}
+
+
+class Recording:
+    """A transport that notes what it is told; see Transport."""
+
+    in_session = False
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def prepare(self, fleet: Fleet, processes: Any, device: torch.device) -> None:
+        pass
+
+    def send(self, fleet: Fleet, bucket: Bucket, phase: str, version: str | None) -> None:
+        self.events.append(f"send {''.join(bucket.names)}")
+
+    def wait(self, fleet: Fleet, phases: Phases) -> None:
+        self.events.append("wait")
+
+
+def push_recorded(num_bytes: int) -> list[str]:
+    transport, buckets = Recording(), make_buckets()
+
+    def exported() -> Iterator[Bucket]:
+        for bucket in buckets:
+            transport.events.append(f"export {''.join(bucket.names)}")
+            yield bucket
+
+    push(
+        Fleet([Talking("http://e")]),
+        transport,
+        exported(),
+        len(buckets),
+        num_bytes,
+        version="3",
+        pause="abort",
+        device=CPU,
+        sample=RollingSample(list("abc")),
+        phases=Phases(),
+    )
+    return transport.events
+
+
+def test_the_next_bucket_is_exported_while_one_is_sent() -> None:
+    num_bytes = sum(bucket.data.nbytes for bucket in make_buckets())
+    assert push_recorded(num_bytes) == ["export ab", "wait", "send ab", "export c", "wait", "send c", "wait"]
+
+
+def test_bytes_that_are_missing_are_found() -> None:
+    with pytest.raises(WeightSyncError, match="38 bytes were sent, not 40"):
+        push_recorded(40)
 
 
 def test_a_version_on_disk_is_a_whole_hf_folder_under_its_name(tmp_path: Path) -> None:
