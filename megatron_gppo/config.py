@@ -823,6 +823,11 @@ class Config(Section):
             raise ValueError(
                 f"async.staleness = {self.async_.staleness} is about generation, and rollout.mode: replay has none. Fix: set async.staleness: 0"
             )
+        if self.rollout.placement == "colocated" and self.sync.transport == "distributed":
+            raise ValueError(
+                "sync.transport = distributed with rollout.placement: colocated: NCCL refuses a trainer's rank and an engine's on one "
+                "GPU. Fix: set sync.transport: tensor (or disk)"
+            )
         if self.async_.staleness > 0 and self.rollout.placement == "colocated":
             raise ValueError(
                 f"async.staleness = {self.async_.staleness} generates while the policy trains, and rollout.placement: colocated gives "

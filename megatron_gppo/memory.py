@@ -163,10 +163,9 @@ def activations_of_stage(
     )
 
 
-def engine_memory(config: Config, architecture: Architecture, num_parameters: int) -> EngineMemory:
-    """Weights, and the cache of keys and values that a token takes, on each of rollout.engine_tp GPUs."""
+def engine_memory(config: Config, architecture: Architecture, num_parameters: int, tp: int) -> EngineMemory:
+    """Weights, and the cache of keys and values that a token takes, on each of an engine's `tp` GPUs."""
     size = 2 if (config.rollout.engine_dtype or config.model.dtype) == "bf16" else 4
-    tp = config.rollout.engine_tp
     heads = max(architecture.num_kv_heads // tp, 1)
     return EngineMemory(
         weights=num_parameters * size // tp,

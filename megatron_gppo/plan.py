@@ -24,7 +24,7 @@ class Plan:
     optimizer_steps: int
     num_parameters: int
     stages: list[StageMemory]  # by pipeline stage: what each of its ranks holds
-    engine: EngineMemory | None  # of a managed engine
+    engines: dict[int, EngineMemory]  # of managed engines, by their tensor-parallel size
 
     @property
     def memory(self) -> StageMemory:
@@ -94,7 +94,7 @@ def make_plan(config: Config, architecture: Architecture, world_size: int) -> Pl
         optimizer_steps=config.train.steps * config.updates_per_step,
         num_parameters=num_parameters,
         stages=stage_memory(config, architecture, world_size=world_size, num_microbatches=num_microbatches),
-        engine=engine_memory(config, architecture, num_parameters) if config.rollout.mode == "managed" else None,
+        engines={tp: engine_memory(config, architecture, num_parameters, tp) for tp in _engine_sizes(config)},
     )
 
 
@@ -164,16 +164,23 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
                 f"({config.model.dtype}), for algorithm.kl_coef > 0",
             )
         )
-    if plan.engine is not None:
+    for tp, engine in plan.engines.items():
         rows.append(
             (
                 "engine",
-                f"{plan.engine.weights / GIB:.2f} GiB of weights on each of rollout.engine_tp = {config.rollout.engine_tp} GPUs, and "
-                f"{plan.engine.cache_per_token / 1024:.1f} KiB a token in the cache: {plan.longest_sample * plan.engine.cache_per_token / GIB:.2f} GiB "
-                "for the longest sample",
+                f"{engine.weights / GIB:.2f} GiB of weights on each of tp = {tp} GPUs, and {engine.cache_per_token / 1024:.1f} KiB "
+                f"a token in the cache: {plan.longest_sample * engine.cache_per_token / GIB:.2f} GiB for the longest sample",
             )
         )
     return rows
+
+
+def _engine_sizes(config: Config) -> list[int]:
+    """Tensor-parallel sizes of the managed engines, each once."""
+    rollout = config.rollout
+    if rollout.mode != "managed":
+        return []
+    return sorted({entry.tp or rollout.engine_tp for entry in rollout.engines} or {rollout.engine_tp})
 
 
 def render_built(plan: Plan, built: list[int]) -> str:

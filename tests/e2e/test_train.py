@@ -37,7 +37,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
         (2, ["parallel.pp=2", "parallel.vpp=2"]),
-        (2, ["rollout.router=true", "rollout.placement=colocated"]),
+        (2, ["rollout.router=true", "rollout.placement=colocated", "sync.transport=tensor"]),
         (2, ["parallel.cp=2", "train.recompute=full"]),
         (4, ["parallel.tp=2", "parallel.pp=2"]),
     ],

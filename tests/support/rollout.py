@@ -20,6 +20,7 @@ def make_config(hf_path: Path, run_dir: Path, **rollout: Any) -> Config:
             "run": {"dir": str(run_dir)},
             "data": {"train": "unused.jsonl", "max_prompt_tokens": 64},
             "rollout": fields | rollout,
+            "sync": {"transport": "tensor"} if rollout.get("placement") == "colocated" else {},
             "train": {"prompts_per_update": 1, "tokens_per_microbatch": 4096},
             "algorithm": {"preset": "paper"},
         }

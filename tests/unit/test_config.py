@@ -160,7 +160,11 @@ def test_schedules_in_yaml(tmp_path: Path) -> None:
             ["async.staleness = 1", "rollout.mode: replay has none"],
         ),
         (
-            {"async.staleness": 2, "rollout.placement": "colocated"},
+            {"rollout.placement": "colocated"},
+            ["sync.transport = distributed with rollout.placement: colocated", "Fix: set sync.transport: tensor"],
+        ),
+        (
+            {"async.staleness": 2, "rollout.placement": "colocated", "sync.transport": "tensor"},
             ["async.staleness = 2", "Fix: set rollout.placement: disaggregated"],
         ),
         ({"algorithm.clip_low": 1.0}, ["algorithm.clip_low = 1.0"]),

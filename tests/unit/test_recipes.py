@@ -49,7 +49,11 @@ def test_readme_shows_the_plan(recipe: str, ranks: int, tmp_path: Path) -> None:
     text = render(plan_of(recipe, ranks, tmp_path))
     table = re.search(r"^memory .*\n(?: +\d+ .*\n)+", text, re.MULTILINE)
     assert table is not None
-    assert table.group() in (EXAMPLES / recipe / "README.md").read_text()
+    readme = (EXAMPLES / recipe / "README.md").read_text()
+    assert table.group() in readme
+    engines = re.findall(r"^engine  .*", text, re.MULTILINE)
+    assert engines
+    assert re.findall(r"^engine  .*", readme, re.MULTILINE) == engines
 
 
 @pytest.mark.parametrize("recipe", MODELS)
