@@ -17,13 +17,20 @@ from megatron_gppo.convert import (
     convert_megatron_to_hf,
     parameters,
 )
+from megatron_gppo.datatypes import EntropyPoint
 from megatron_gppo.parallel import PeerFailed
 from megatron_gppo.policy import CheckpointError, Policy, Progress, checkpoint
 from tests.support.distributed import run_ranks
 from tests.support.policy import LAYOUTS, build_policy, leave_model_parallel, make_config, make_samples, pack
 from tests.support.tiny import make_tiny_model
 
-PROGRESS = Progress(step=1, updates=2, data_position=8, entropy_control=EntropyControl(0.1 + 0.2, 1.0, -1 / 3))
+PROGRESS = Progress(
+    step=1,
+    updates=2,
+    data_position=8,
+    entropy_control=EntropyControl(0.1 + 0.2, 1.0, -1 / 3),
+    entropy_trace=(EntropyPoint(covariance=0.1 + 0.2, entropy=1 / 3), EntropyPoint(covariance=-1e-9, entropy=2.0)),
+)
 
 
 @pytest.fixture(scope="module")

@@ -18,23 +18,24 @@ from tests.support.training import PROBE, check_learned, hf_logprobs, put_back, 
 
 LAYOUTS = [
     ("Qwen3ForCausalLM", 4, ["parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true"]),
-    ("Qwen3ForCausalLM", 4, ["parallel.pp=2", "parallel.vpp=2"]),  # and dp 2
+    ("Qwen3ForCausalLM", 4, ["parallel.pp=2", "parallel.cp=2"]),
     ("Qwen3MoeForCausalLM", 2, ["parallel.cp=2", "parallel.ep=2"]),
-    ("Qwen3MoeForCausalLM", 4, ["parallel.tp=2", "parallel.ep=2", "parallel.sequence_parallel=true"]),  # and dp 2
+    ("Qwen3MoeForCausalLM", 4, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "parallel.sequence_parallel=true"]),
     ("Qwen3MoeForCausalLM", 4, ["parallel.pp=2", "parallel.vpp=2", "parallel.ep=2"]),  # and dp 2
 ]
 
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Path, str]]]:
-    """A model of an architecture, and the URL of the one server that holds it."""
+    """A model of an architecture, and the URL of the one server that holds it; experts are cut over two engine ranks."""
     with ExitStack() as servers:
 
         @functools.cache
         def start(architecture: str) -> tuple[Path, str]:
             folder = tmp_path_factory.mktemp(architecture)
             model = make_tiny_model(folder / "tiny", architecture)
-            server = servers.enter_context(ManagedServer(make_config(model, folder), folder / "sglang.log"))
+            config = make_config(model, folder, engine_tp=2 if "Moe" in architecture else 1)
+            server = servers.enter_context(ManagedServer(config, folder / "sglang.log"))
             server.wait_ready()
             return model, server.url
 

@@ -133,7 +133,7 @@ def test_rendered_plan_names_every_number() -> None:
         "fp32 master weights and two moments, sharded over dp 2",
         "activations of full micro-batches, recompute: none",
         "not counted: CUDA's context",
-        "GiB of weights on each of rollout.engine_tp = 1 GPUs",
+        "GiB of weights on each of tp = 1 GPUs",
     ):
         assert expected in text
     assert "sharded" not in render(make_plan(make_config(), TINY, world_size=1))
