@@ -150,7 +150,7 @@ class UpdateStats:
     loss: float
     grad_norm: float  # before clipping
     lr: float
-    skipped: bool  # the gradient was not finite, so no weight moved
+    skipped: bool  # the gradient was not finite, or no token counted: no weight moved
 
 
 class EntropyPoint(NamedTuple):

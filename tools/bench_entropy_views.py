@@ -2,7 +2,9 @@
 
     torchrun --nproc-per-node N tools/bench_entropy_views.py --config FILE [section.key=value ...]
 
-Takes the arguments of megatron_gppo.train, runs it with a stopwatch around the views, and prints rank 0's sums.
+Takes the arguments of megatron_gppo.train, and runs it with a stopwatch around all that is computed of a micro-batch beside
+its loss, and around making scalars and histograms of it and writing them to TensorBoard. Prints the sums of each rank that
+has any. The entropy itself is not counted: it comes with the log-probs.
 """
 
 import os
@@ -16,8 +18,13 @@ import torch
 
 from megatron_gppo import train
 from megatron_gppo.algorithm import losses
+from megatron_gppo.metrics import MetricsLogger
 
-VIEWS = ("gradient_factor", "entropy_dynamics", "ratio_histogram")
+VIEWS = {
+    losses: ("_metrics", "gradient_factor", "entropy_dynamics", "ratio_histogram"),
+    train: ("step_scalars", "step_histograms"),
+    MetricsLogger: ("log_step",),
+}
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -41,13 +48,15 @@ def _synchronize() -> None:
 def main() -> int:
     views: list[float] = []
     steps: list[float] = []
-    for name in VIEWS:
-        setattr(losses, name, timed(getattr(losses, name), views))
+    for place, names in VIEWS.items():
+        for name in names:
+            setattr(place, name, timed(getattr(place, name), views))
     train.train_step = timed(train.train_step, steps)
     status = train.main(sys.argv[1:])
-    if steps and os.environ["RANK"] == "0":
+    if steps and views:
         share = sum(views) / sum(steps)
-        print(f"{len(steps)} steps: {sum(steps):.2f} s, of these views {sum(views):.3f} s = {share:.2%}")
+        rank = os.environ["RANK"]
+        print(f"rank {rank}: {len(steps)} steps: {sum(steps):.2f} s, of these views {sum(views):.3f} s = {share:.2%}")
     return status
 
 

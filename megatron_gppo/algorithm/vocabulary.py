@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-COLUMNS_PER_TILE = 4096
+COLUMNS_PER_TILE = 4096  # a rank with no more columns than these has its logits in one tile
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The gradient of the model under every objective is one process's, however the model, the batch and the sequences are cut.
 
-Each objective appears with other aggregations and options, so that all of these are covered. Layouts of one world size
+Each objective appears with other aggregations and options, so that all aggregations, KL estimators and bonuses are covered, and
+corrections of either kind and every level. Layouts of one world size
 share their processes; tests/distributed/test_policy_parity.py compares the same layouts over models and micro-batches.
 """
 

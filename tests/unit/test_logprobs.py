@@ -93,6 +93,26 @@ def test_from_logits_equals_linear_and_leaves_them_unmodified(temperature: float
 
 
 @pytest.mark.parametrize("entropy_requires_grad", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
+def test_from_bf16_logits(num_tokens: int, entropy_requires_grad: bool) -> None:
+    """Exact for the logits as they are; their gradient is rounded to bf16 once."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    logits = (3 * torch.randn(num_tokens, 4500, generator=generator)).bfloat16().requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    targets = torch.randint(4500, (num_tokens,), generator=generator)
+    values, entropy = vocab_parallel_logprobs_and_entropy(logits, targets, entropy_requires_grad=entropy_requires_grad)
+    logprobs = exact.log_softmax(-1)
+    expected, expected_entropy = logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+    assert values.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(values.double(), expected, rtol=FP32_TOLERANCE, atol=0)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=FP32_TOLERANCE, atol=0)
+    (values.sum() + (entropy.sum() if entropy_requires_grad else 0.0)).backward()
+    (expected.sum() + (expected_entropy.sum() if entropy_requires_grad else 0.0)).backward()
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2**-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("entropy_requires_grad", [False, True])
 def test_bf16_is_no_worse_than_fp32_softmax_over_bf16_logits(
     entropy_requires_grad: bool, bf16_instructions: bool
 ) -> None:
