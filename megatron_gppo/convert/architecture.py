@@ -1,19 +1,20 @@
 """What a model is, read from the config.json of its HF folder, and which parallel layouts it admits."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from megatron_gppo.convert.errors import ConvertError
+from megatron_gppo.convert.hf_config import HfConfig
 
-SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+# The architectures that are supported, and their model_type.
+SUPPORTED = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-T = TypeVar("T")
+# More than any model has. What lists layers, experts or TP sizes would take for ever with a number that is damaged.
+MOST_LAYERS, MOST_EXPERTS, MOST_HEADS = 1000, 10_000, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,48 +52,39 @@ class Architecture:
         Raises ConvertError for a missing or broken file, an architecture that is not SUPPORTED, a missing field, and
         for what Megatron's model would silently do otherwise: sliding windows, scaled rotary positions, quantization.
         """
-        config = _HfConfig.read(Path(folder))
-        name = config.architecture()
+        config = HfConfig.read(Path(folder))
+        name = _architecture(config)
         config.refuse("use_sliding_window", False)
         config.refuse("hidden_act", "silu")
         config.refuse("attention_bias", False)
         config.refuse("quantization_config", None)
         for layer_type in config.get("layer_types", list, []):
             if layer_type != "full_attention":
-                raise ConvertError(f"{config.path}: layer_types has {layer_type}, which is not supported")
+                raise config.error(f"layer_types has {layer_type!r}, which is not supported", "full_attention alone is")
 
-        num_attention_heads = config.size("num_attention_heads")
-        num_kv_heads = config.size("num_key_value_heads")
-        hidden_size = config.size("hidden_size")
+        num_attention_heads = config.size("num_attention_heads", most=MOST_HEADS)
+        num_kv_heads = config.size("num_key_value_heads", most=MOST_HEADS)
         if num_attention_heads % num_kv_heads:
-            raise ConvertError(
-                f"{config.path}: num_key_value_heads = {num_kv_heads} does not divide num_attention_heads = {num_attention_heads}"
+            raise config.error(
+                f"num_key_value_heads = {num_kv_heads} does not divide num_attention_heads = {num_attention_heads}"
             )
-        if name == "Qwen2ForCausalLM":
-            if "head_dim" not in config.fields and hidden_size % num_attention_heads:
-                raise ConvertError(
-                    f"{config.path}: num_attention_heads = {num_attention_heads} does not divide hidden_size = {hidden_size}"
-                )
-            head_dim = config.size("head_dim", hidden_size // num_attention_heads)
-        else:
-            head_dim = config.size("head_dim", 128)
         return cls(
             name=name,
-            num_layers=config.size("num_hidden_layers"),
-            hidden_size=hidden_size,
+            num_layers=config.size("num_hidden_layers", most=MOST_LAYERS),
+            hidden_size=config.size("hidden_size"),
             ffn_hidden_size=config.size("intermediate_size"),
             num_attention_heads=num_attention_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            head_dim=_head_dim(config, name, num_attention_heads),
             vocab_size=config.size("vocab_size"),
             max_position_embeddings=config.size("max_position_embeddings"),
             rope_theta=config.rope_theta(),
             rms_norm_eps=config.positive("rms_norm_eps", config.fields.get("rms_norm_eps", 1e-6)),
-            tied_embeddings=bool(config.fields.get("tie_word_embeddings", False)),
+            tied_embeddings=config.get("tie_word_embeddings", bool, False),
             qkv_bias=name == "Qwen2ForCausalLM",
             qk_norm=name != "Qwen2ForCausalLM",
-            dtype=config.dtype(),
-            **(config.experts() if name == "Qwen3MoeForCausalLM" else {}),
+            dtype=_dtype(config),
+            **(_experts(config) if name == "Qwen3MoeForCausalLM" else {}),
         )
 
     def padded_vocab_size(self, tp: int) -> int:
@@ -134,102 +126,60 @@ class Architecture:
         return obstacles
 
 
-@dataclass(frozen=True, slots=True)
-class _HfConfig:
-    """config.json, with errors that name it."""
+def _architecture(config: HfConfig) -> str:
+    name = str((config.get("architectures", list, []) or [None])[0])
+    if name not in SUPPORTED:
+        raise config.error(
+            f"architecture {name} is not supported. Supported: {', '.join(SUPPORTED)}", "convert a model of these"
+        )
+    model_type = config.get("model_type", str, SUPPORTED[name])
+    if model_type != SUPPORTED[name]:
+        raise config.error(
+            f"model_type = {model_type!r} contradicts architectures, as {name}'s is {SUPPORTED[name]!r}",
+            "correct the one that is wrong",
+        )
+    return name
 
-    path: Path
-    fields: dict[str, Any]
 
-    @classmethod
-    def read(cls, folder: Path) -> "_HfConfig":
-        path = folder / "config.json"
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConvertError(f"{path}: {error.strerror}. Fix: give the folder of an HF model") from error
-        except ValueError as error:
-            raise ConvertError(f"{path}: not valid JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ConvertError(f"{path}: holds a {type(fields).__name__}, not an object")
-        return cls(path, fields)
+def _head_dim(config: HfConfig, name: str, num_attention_heads: int) -> int:
+    """As transformers has it, where it is absent: 128 for Qwen3's dense models, and for these alone."""
+    if config.fields.get("head_dim") is not None:
+        return config.size("head_dim")
+    if name == "Qwen3ForCausalLM":
+        return 128
+    hidden_size = config.size("hidden_size")
+    if hidden_size % num_attention_heads:
+        raise config.error(f"num_attention_heads = {num_attention_heads} does not divide hidden_size = {hidden_size}")
+    return hidden_size // num_attention_heads
 
-    def architecture(self) -> str:
-        names = self.get("architectures", list, []) or [None]
-        if names[0] not in SUPPORTED:
-            raise ConvertError(
-                f"{self.path}: architecture {names[0]} is not supported. Supported: {', '.join(SUPPORTED)}"
-            )
-        return str(names[0])
 
-    def get(self, field: str, kind: type[T], default: T) -> T:
-        """A field of one type; null and absent mean the default."""
-        value = self.fields.get(field)
-        if value is None:
-            return default
-        if not isinstance(value, kind):
-            raise ConvertError(f"{self.path}: {field} = {value!r} is not a {kind.__name__}")
-        return value
+def _dtype(config: HfConfig) -> torch.dtype:
+    """transformers 5 calls it dtype, torch_dtype before."""
+    name = config.get("dtype", str, "") or config.get("torch_dtype", str, "") or "float32"
+    if name not in DTYPES:
+        raise config.error(f"dtype {name} is not supported. Supported: {', '.join(DTYPES)}", "save the model in one")
+    return DTYPES[name]
 
-    def positive(self, field: str, value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ConvertError(f"{self.path}: {field} = {value!r} is not a positive number")
-        return float(value)
 
-    def size(self, field: str, default: int | None = None) -> int:
-        """A positive integer; null and absent mean the default."""
-        value = self.fields.get(field)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConvertError(f"{self.path}: {field} is missing")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConvertError(f"{self.path}: {field} = {value!r} is not a positive integer")
-        return value
-
-    def experts(self) -> dict[str, Any]:
-        """Architecture's fields of a mixture of experts."""
-        self.refuse("mlp_only_layers", [])
-        self.refuse("decoder_sparse_step", 1)
-        # transformers 5 writes num_local_experts.
-        num_experts = self.size("num_experts", self.fields.get("num_local_experts"))
-        per_token = self.size("num_experts_per_tok")
-        normalized = bool(self.fields.get("norm_topk_prob", False))
-        if per_token > num_experts:
-            raise ConvertError(f"{self.path}: num_experts_per_tok = {per_token} of num_experts = {num_experts}")
-        if per_token == 1 and normalized:
-            raise ConvertError(
-                f"{self.path}: norm_topk_prob = True with num_experts_per_tok = 1 gives the router no gradient, and is not supported"
-            )
-        return {
-            "num_experts": num_experts,
-            "experts_per_token": per_token,
-            "expert_ffn_hidden_size": self.size("moe_intermediate_size"),
-            "normalized_routing": normalized,
-        }
-
-    def refuse(self, field: str, supported: Any) -> None:
-        """Raises if the field is there with anything but null or the value that is supported."""
-        value = self.fields.get(field)
-        if value is not None and value != supported:
-            raise ConvertError(f"{self.path}: {field} = {value!r} is not supported; only {supported!r} is")
-
-    def rope_theta(self) -> float:
-        """transformers 5 keeps it in rope_parameters; before, it stood beside rope_scaling."""
-        scaling = self.get("rope_parameters", dict, {}) or self.get("rope_scaling", dict, {})
-        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope_type != "default":
-            raise ConvertError(
-                f"{self.path}: rope type {rope_type!r} (scaled rotary positions) is not supported. "
-                f"Fix: remove it if sequences stay within the original context"
-            )
-        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ConvertError(f"{self.path}: partial_rotary_factor is not supported; only 1.0 is")
-        return self.positive("rope_theta", scaling.get("rope_theta", self.fields.get("rope_theta", 10000.0)))
-
-    def dtype(self) -> torch.dtype:
-        """transformers 5 calls it dtype, torch_dtype before."""
-        name = self.get("dtype", str, "") or self.get("torch_dtype", str, "") or "float32"
-        if name not in DTYPES:
-            raise ConvertError(f"{self.path}: dtype {name} is not supported. Supported: {', '.join(DTYPES)}")
-        return DTYPES[name]
+def _experts(config: HfConfig) -> dict[str, Any]:
+    """Architecture's fields of a mixture of experts."""
+    config.refuse("mlp_only_layers", [])
+    config.refuse("decoder_sparse_step", 1)
+    # transformers 5 writes num_local_experts.
+    given = [field for field in ("num_experts", "num_local_experts") if config.fields.get(field) is not None]
+    num_experts = config.size(given[0] if given else "num_experts", most=MOST_EXPERTS)
+    per_token = config.size("num_experts_per_tok")
+    normalized = config.get("norm_topk_prob", bool, False)
+    if per_token > num_experts:
+        raise config.error(f"num_experts_per_tok = {per_token} of num_experts = {num_experts}")
+    if per_token == 1 and normalized:
+        raise config.error(
+            "norm_topk_prob = True with num_experts_per_tok = 1 gives the router no gradient, and is not supported",
+            "convert a model with more experts a token",
+        )
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": per_token,
+        "expert_ffn_hidden_size": config.size("moe_intermediate_size"),
+        "normalized_routing": normalized,
+    }

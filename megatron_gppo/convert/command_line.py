@@ -1,6 +1,7 @@
 """How the conversion tools end: exit codes, and what a user is told."""
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_gppo.convert.errors import ConvertError
 
@@ -24,14 +26,21 @@ def run(action: Callable[[], str], output: str) -> int:
     """Prints what the action returns, or in one line why it ended. Returns the exit status: 0, 2 for a mistake, 128 + a signal."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     before = signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        print(action())
+        with logging_redirect_tqdm():
+            text = action()
+        _print(text)
         return 0
     except ConvertError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}. Fix: see to its permissions and the disk", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, Terminated) as error:
-        print(f"interrupted: {output} is as it was. Fix: run the same command to start again", file=sys.stderr)
+        as_it_was = f"{output} is as it was. Fix: run the same command to start again"
+        print(f"interrupted: {'; '.join(getattr(error, '__notes__', [as_it_was]))}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -57,11 +66,19 @@ def positive_int(text: str) -> int:
 
 def num_bytes(text: str) -> int:
     """500MB, 5GB (powers of 1000, as in transformers), or a number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]B)?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:
         raise ArgumentTypeError(f"{text!r} is not a size, as 5GB or 500MB")
     return size
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as of `| head`, which has read enough
+        # Python flushes what is left when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

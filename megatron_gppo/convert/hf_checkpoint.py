@@ -6,7 +6,7 @@ Tensors are read one at a time, by position: mapping the files instead would cou
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_gppo.convert.errors import ConvertError
+from megatron_gppo.convert.json_text import parse_json
 from megatron_gppo.convert.layout import Shape
 from megatron_gppo.convert.memory import memory_of, same_bits
 from megatron_gppo.convert.stacked_experts import unstack
@@ -24,6 +25,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Beside a converted model's config.json: what exporting must know and no HF file says.
 EXPORT_FILE = "export.json"
+_COPY_AGAIN = "Fix: copy or download it again"
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 
 
@@ -59,13 +61,17 @@ class HfCheckpoint:
             for name, tensor in _read_header(self.folder / file).items():
                 if index and index.get(name) != file:
                     where = index.get(name, "nowhere")
-                    raise ConvertError(f"{self.folder / file}: holds {name}, which {INDEX_FILE} places {where}")
+                    raise ConvertError(
+                        f"{self.folder / file}: holds {name}, which {INDEX_FILE} places {where}. {_COPY_AGAIN}"
+                    )
                 self._add(name, tensor)
         for name, file in index.items():
             if name not in self.tensors and name not in self._stacked:
-                raise ConvertError(f"{self.folder / file}: lacks {name}, which {INDEX_FILE} places there")
+                raise ConvertError(
+                    f"{self.folder / file}: lacks {name}, which {INDEX_FILE} places there. {_COPY_AGAIN}"
+                )
         if not self.tensors:
-            raise ConvertError(f"{self.folder}: holds no tensors")
+            raise ConvertError(f"{self.folder}: holds no tensors. {_COPY_AGAIN}")
         dtypes = {tensor.dtype: name for name, tensor in self.tensors.items()}
         if len(dtypes) > 1:
             examples = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
@@ -79,21 +85,28 @@ class HfCheckpoint:
     def dtype(self) -> torch.dtype:
         return next(iter(self.tensors.values())).dtype
 
-    def check(self, expected: Mapping[str, Shape]) -> None:
+    def check(self, expected: Iterable[tuple[str, Shape]]) -> None:
         """Raises ConvertError unless exactly the expected tensors are there, in their shapes.
+
+        `expected` is not read beyond the first that is not there: a config.json that is damaged may ask for any number.
 
         Two kinds of surplus are harmless and pass: rotary_emb.inv_freq, which old versions of transformers saved, and
         an lm_head.weight of a model with tied embeddings that equals the embedding bit for bit.
         """
-        for name, shape in expected.items():
+        names = set()
+        for name, shape in expected:
+            names.add(name)
             tensor = self.tensors.get(name)
             if tensor is None:
-                raise ConvertError(f"{self.folder}: tensor {name} is missing")
+                raise ConvertError(
+                    f"{self.folder}: tensor {name} is missing. Fix: copy or download the weights again, or correct config.json"
+                )
             if tensor.shape != shape:
                 raise ConvertError(
-                    f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+                    f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}. "
+                    f"Fix: correct config.json, or take the weights that belong to it"
                 )
-        for name in self.tensors.keys() - expected.keys():
+        for name in sorted(self.tensors.keys() - names):
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             if name == "lm_head.weight":
@@ -103,7 +116,10 @@ class HfCheckpoint:
                     f"{self.tensors[name].file}: lm_head.weight differs from the embedding, but config.json says "
                     f"tie_word_embeddings = true. Fix: set it to false"
                 )
-            raise ConvertError(f"{self.tensors[name].file}: tensor {name} is not one that config.json asks for")
+            raise ConvertError(
+                f"{self.tensors[name].file}: tensor {name} is not one that config.json asks for. "
+                f"Fix: correct config.json, or take the weights that belong to it"
+            )
 
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
@@ -125,13 +141,15 @@ class HfCheckpoint:
         parts = unstack(name, tensor.shape)
         for part, shape in parts:
             if part in self.tensors:
-                raise ConvertError(f"{tensor.file}: {name} holds {part}, which {self.tensors[part].file} holds, too")
+                raise ConvertError(
+                    f"{tensor.file}: {name} holds {part}, which {self.tensors[part].file} holds, too. Fix: remove one"
+                )
             self.tensors[part] = StoredTensor(tensor.file, offset, tensor.dtype, shape)
             offset += self.tensors[part].num_bytes
         if parts:
             self._stacked.add(name)
         elif name in self.tensors:
-            raise ConvertError(f"{tensor.file}: holds {name}, which is there twice")
+            raise ConvertError(f"{tensor.file}: holds {name}, which is there twice. Fix: remove one")
         else:
             self.tensors[name] = tensor
 
@@ -142,19 +160,24 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not path.exists():
         if (folder / SINGLE_FILE).is_file():
             return {}
+        if other := sorted(file.name for file in folder.glob("pytorch_model*")):
+            raise ConvertError(
+                f"{folder}: has {other[0]}, but weights are read from safetensors alone. "
+                f"Fix: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes these"
+            )
         raise ConvertError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}. Fix: give the folder of an HF model")
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         index = {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConvertError(f"{path}: not an index of safetensors files") from error
+        raise ConvertError(f"{path}: not an index of safetensors files. {_COPY_AGAIN}") from error
     except OSError as error:
-        raise ConvertError(f"{path}: {error.strerror}") from error
+        raise ConvertError(f"{path}: {error.strerror}. Fix: see to its permissions and the disk") from error
     if not index:
-        raise ConvertError(f"{path}: its weight_map names no tensors")
+        raise ConvertError(f"{path}: its weight_map names no tensors. {_COPY_AGAIN}")
     for file in sorted(set(index.values())):
         if not (folder / file).is_file():
-            raise ConvertError(f"{folder / file}: is missing, but {INDEX_FILE} names it")
+            raise ConvertError(f"{folder / file}: is missing, but {INDEX_FILE} names it. {_COPY_AGAIN}")
     return index
 
 
@@ -164,12 +187,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
-                raise ConvertError(f"{path}: truncated, or not a safetensors file")
+                raise ConvertError(f"{path}: truncated, or not a safetensors file. {_COPY_AGAIN}")
             encoded = file.read(length)
     except OSError as error:
-        raise ConvertError(f"{path}: {error.strerror}") from error
+        raise ConvertError(f"{path}: {error.strerror}. Fix: see to its permissions and the disk") from error
     try:
-        header = json.loads(encoded)
+        header = parse_json(encoded)
         header.pop("__metadata__", None)
         entries = [
             (str(name), str(entry["dtype"]), _counts(entry["shape"]), _counts(entry["data_offsets"]))
@@ -177,26 +200,31 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         ]
         entries.sort(key=lambda entry: entry[3])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConvertError(f"{path}: not a safetensors file: its header cannot be read") from error
+        raise ConvertError(f"{path}: not a safetensors file: its header cannot be read. {_COPY_AGAIN}") from error
 
     tensors, previous_end = {}, 0
     for name, dtype, shape, offsets in entries:
         # The format allows neither holes nor overlaps; a header with them would give a tensor another one's bytes.
         if len(offsets) != 2 or offsets[0] != previous_end:
             raise ConvertError(
-                f"{path}: damaged: its header places tensor {name} at {list(offsets)}, but the one before ends at {previous_end}"
+                f"{path}: damaged: its header places tensor {name} at {list(offsets)}, but the one before ends at {previous_end}. "
+                f"{_COPY_AGAIN}"
             )
         begin, end = offsets
         previous_end = end
         if dtype not in DTYPES:
-            raise ConvertError(f"{path}: tensor {name} has dtype {dtype}; only {', '.join(DTYPES)} are supported")
+            raise ConvertError(
+                f"{path}: tensor {name} has dtype {dtype}; only {', '.join(DTYPES)} are supported. Fix: save the model in one"
+            )
         tensor = StoredTensor(path, 8 + length + begin, DTYPES[dtype], shape)
         if end - begin != tensor.num_bytes:
             raise ConvertError(
-                f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} takes {end - begin} bytes"
+                f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} takes {end - begin} bytes. {_COPY_AGAIN}"
             )
         if 8 + length + end > size:
-            raise ConvertError(f"{path}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}")
+            raise ConvertError(
+                f"{path}: truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}. {_COPY_AGAIN}"
+            )
         tensors[name] = tensor
     return tensors
 
@@ -213,7 +241,9 @@ def _read_into(file: BinaryIO, buffer: memoryview, path: Path) -> None:
     while filled < len(buffer):  # one read is at most 2 GiB
         count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
         if not count:
-            raise ConvertError(f"{path}: became shorter while it was read")
+            raise ConvertError(
+                f"{path}: became shorter while it was read. Fix: see to it that nothing else writes there"
+            )
         filled += count
 
 
@@ -239,7 +269,7 @@ def exports_stacked_experts(assets: str | Path) -> bool:
     """What keep_hf_assets noted."""
     path = Path(assets) / EXPORT_FILE
     try:
-        return path.exists() and bool(json.loads(path.read_text(encoding="utf-8")).get("stacked_experts"))
+        return path.exists() and bool(parse_json(path.read_text(encoding="utf-8")).get("stacked_experts"))
     except (ValueError, AttributeError) as error:
         raise ConvertError(f"{path}: not valid. Fix: remove it to export a tensor an expert") from error
 

@@ -21,7 +21,8 @@ from megatron_gppo.convert.memory import same_bits
 from megatron_gppo.convert.output_folder import check_output, output_folder, sync_tree
 from megatron_gppo.convert.prefetch import prefetched
 from megatron_gppo.convert.progress import Converted, ProgressBar, progress_bar
-from megatron_gppo.convert.table import Parameter, parameters
+from megatron_gppo.convert.table import Parameter, hf_shapes, iter_parameters, parameters
+from megatron_gppo.convert.written import audit, check_dtype, check_names
 
 
 def convert_hf_to_megatron(
@@ -56,10 +57,11 @@ def convert_hf_to_megatron(
             write_megatron_checkpoint(folder, _converted(source, tensors, opened.dtype, bar))
         keep_hf_assets(hf_path, folder / HF_ASSETS)
 
-        written = MegatronCheckpoint(folder)
-        written.check(opened.architecture)
-        assert written.metadata.state_dict_metadata.keys() == {parameter.key for parameter in opened.table}
-        assert written.dtype(opened.architecture) == opened.dtype
+        with audit():
+            written = MegatronCheckpoint(folder)
+            written.check(opened.architecture)
+            check_names(written.metadata.state_dict_metadata.keys(), {parameter.key for parameter in opened.table})
+            check_dtype(written.dtype(opened.architecture), opened.dtype, "the checkpoint")
         sync_tree(folder)
         seconds = time.perf_counter() - start
         if verify:
@@ -100,10 +102,9 @@ class _Opened:
     def open(cls, hf_path: str | Path, *, tp: int, pp: int, ep: int, dtype: torch.dtype | None) -> "_Opened":
         architecture = Architecture.from_hf(hf_path)
         architecture.check_layout(tp=tp, pp=pp, ep=ep)
-        table = parameters(architecture)
         source = HfCheckpoint(hf_path)
-        source.check({name: shape for p in table for name, shape in zip(p.hf_names, p.hf_shapes, strict=True)})
-        return cls(source, architecture, table, dtype or source.dtype)
+        source.check(hf_shapes(iter_parameters(architecture)))
+        return cls(source, architecture, parameters(architecture), dtype or source.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -114,8 +115,8 @@ def _converted(
     source: HfCheckpoint, tensors: Iterator[tuple[Parameter, Tensor]], dtype: torch.dtype, bar: ProgressBar
 ) -> Iterator[tuple[Parameter, Tensor]]:
     for parameter, full in tensors:
-        warn_of_non_finite(source.folder, parameter, full)
         converted = full.to(dtype)
+        warn_of_non_finite(source.folder, parameter, full, converted)
         bar.update(converted.nbytes)
         yield parameter, converted
 

@@ -17,8 +17,8 @@ import json
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,8 +38,9 @@ from megatron_gppo.convert.architecture import Architecture
 from megatron_gppo.convert.durable_file import DurableFile
 from megatron_gppo.convert.errors import ConvertError
 from megatron_gppo.convert.hf_checkpoint import DTYPES
+from megatron_gppo.convert.json_text import parse_json
 from megatron_gppo.convert.layout import Shape, Vocabulary
-from megatron_gppo.convert.table import Parameter, parameters
+from megatron_gppo.convert.table import Parameter, iter_parameters
 
 HF_ASSETS = "hf"
 FORMAT = {
@@ -50,6 +51,8 @@ FORMAT = {
 }
 MAX_FILE_BYTES = 5 * 10**9
 DTYPE_LIST = ", ".join(map(str, DTYPES.values()))
+_ANOTHER_MODEL = "Fix: see to it that hf/config.json is of the model that was saved"
+_COPY_AGAIN = "Fix: copy the checkpoint again, or take another one"
 
 
 class MegatronCheckpoint:
@@ -64,19 +67,27 @@ class MegatronCheckpoint:
         self._experts: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         self._lengths: dict[Path, int] = {}
         try:
-            described = json.loads((self.folder / "metadata.json").read_text())
+            described = parse_json((self.folder / "metadata.json").read_text())
         except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not valid JSON"
             raise ConvertError(
-                f"{self.folder / 'metadata.json'}: cannot be read. Fix: give the folder of a torch_dist checkpoint"
+                f"{self.folder / 'metadata.json'}: cannot be read: {why}. Fix: give the folder of a torch_dist checkpoint"
             ) from error
         if not isinstance(described, dict) or described.get("sharded_backend") != FORMAT["sharded_backend"]:
-            raise ConvertError(f"{self.folder / 'metadata.json'}: is not of a torch_dist checkpoint")
-        try:
-            self.metadata = FileSystemReader(self.folder).read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
             raise ConvertError(
-                f"{self.folder / '.metadata'}: cannot be read, so the checkpoint is incomplete"
-            ) from error
+                f"{self.folder / 'metadata.json'}: is not of a torch_dist checkpoint. Fix: give the folder of one"
+            )
+        if not (self.folder / ".metadata").exists():
+            raise ConvertError(
+                f"{self.folder / '.metadata'}: is missing, so the checkpoint is incomplete. {_COPY_AGAIN}"
+            )
+        with self._interpreted():
+            self.metadata = FileSystemReader(self.folder).read_metadata()
+            self._tensors = {
+                key: stored
+                for key, stored in self.metadata.state_dict_metadata.items()
+                if isinstance(stored, TensorStorageMetadata)
+            }
 
     def architecture(self) -> Architecture:
         """From hf/config.json. Raises ConvertError."""
@@ -89,50 +100,62 @@ class MegatronCheckpoint:
 
     def dtype(self, architecture: Architecture) -> torch.dtype:
         """Of all weights, which check() has found to be the same."""
-        stored = self.metadata.state_dict_metadata[parameters(architecture)[0].key]
-        return stored.properties.dtype  # type: ignore[union-attr]
+        return self._tensors[next(iter_parameters(architecture)).key].properties.dtype
 
     def check(self, architecture: Architecture) -> None:
         """Raises ConvertError unless exactly the parameters of the architecture are there, whole, in one dtype.
 
         The files are looked at as far as their lengths. What is not of the model, as an optimizer's state, may be anything.
         """
-        tensors = {
-            key: stored
-            for key, stored in self.metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-        by_key = {parameter.key: parameter for parameter in parameters(architecture)}
-        for key, parameter in by_key.items():
-            if key not in tensors:
-                raise ConvertError(f"{self.folder}: has no parameter {key}. Is it of another model?")
-            stored = tensors[key]
-            if not _fits(parameter, tuple(stored.size)):
-                raise ConvertError(
-                    f"{self.folder}: {key} has shape {list(stored.size)}, but {architecture.name} as configured "
-                    f"has {list(parameter.stored_shape)}. Is it of another model?"
-                )
-            if sum(chunk.sizes.numel() for chunk in stored.chunks) < stored.size.numel():
-                raise ConvertError(f"{self.folder}: {key} is incomplete: some of its chunks are missing")
-            for chunk in stored.chunks:
-                self._check_length(key, chunk)
-        dtypes = {tensors[key].properties.dtype: key for key in by_key}
-        if len(dtypes) > 1:
-            examples = ", ".join(f"{key} is {dtype}" for dtype, key in dtypes.items())
-            raise ConvertError(f"{self.folder}: weights of several dtypes ({examples})")
-        if not dtypes.keys() <= set(DTYPES.values()):
-            raise ConvertError(f"{self.folder}: weights are {next(iter(dtypes))}; only {DTYPE_LIST} are supported")
-        layers = f"decoder.layers.{architecture.num_layers}."
-        if any(key.startswith(layers) for key in tensors):
-            raise ConvertError(f"{self.folder}: has more than num_hidden_layers = {architecture.num_layers} layers")
-        for key in tensors.keys() - by_key.keys():
-            if key.startswith(("embedding.", "decoder.", "output_layer.")):
-                raise ConvertError(f"{self.folder}: {key} is no parameter of {architecture.name} as configured")
+        with self._interpreted():
+            self._check(architecture)
 
     def read(self, parameter: Parameter) -> Tensor:
         """The full tensor, without vocabulary padding. Raises ConvertError if a file is missing or damaged."""
-        stored = self.metadata.state_dict_metadata[parameter.key]
-        assert isinstance(stored, TensorStorageMetadata), "check was not called"
+        with self._interpreted():
+            return self._read(parameter)
+
+    def _check(self, architecture: Architecture) -> None:
+        tensors, keys = self._tensors, {}
+        for parameter in iter_parameters(architecture):  # one by one: a damaged config.json may ask for any number
+            key = parameter.key
+            if key in keys:
+                continue
+            if key not in tensors:
+                raise ConvertError(f"{self.folder}: has no parameter {key}. {_ANOTHER_MODEL}")
+            stored = tensors[key]
+            keys[key] = stored.properties.dtype
+            if not _fits(parameter, tuple(stored.size)):
+                raise ConvertError(
+                    f"{self.folder}: {key} has shape {list(stored.size)}, but {architecture.name} as configured "
+                    f"has {list(parameter.stored_shape)}. {_ANOTHER_MODEL}"
+                )
+            sizes = {chunk.offsets: chunk.sizes.numel() for chunk in stored.chunks}
+            if sum(sizes.values()) < stored.size.numel():
+                raise ConvertError(f"{self.folder}: {key} is incomplete: some of its chunks are missing. {_COPY_AGAIN}")
+            for chunk in stored.chunks:
+                self._check_length(key, chunk)
+        dtypes = {dtype: key for key, dtype in keys.items()}
+        if len(dtypes) > 1:
+            examples = ", ".join(f"{key} is {dtype}" for dtype, key in dtypes.items())
+            raise ConvertError(f"{self.folder}: weights of several dtypes ({examples}). Fix: save the model in one")
+        if not dtypes.keys() <= set(DTYPES.values()):
+            raise ConvertError(
+                f"{self.folder}: weights are {next(iter(dtypes))}; only {DTYPE_LIST} are supported. Fix: save it in one"
+            )
+        layers = f"decoder.layers.{architecture.num_layers}."
+        if any(key.startswith(layers) for key in tensors):
+            raise ConvertError(
+                f"{self.folder}: has more than num_hidden_layers = {architecture.num_layers} layers. {_ANOTHER_MODEL}"
+            )
+        for key in sorted(tensors.keys() - keys.keys()):
+            if key.startswith(("embedding.", "decoder.", "output_layer.")):
+                raise ConvertError(
+                    f"{self.folder}: {key} is no parameter of {architecture.name} as configured. {_ANOTHER_MODEL}"
+                )
+
+    def _read(self, parameter: Parameter) -> Tensor:
+        stored = self._tensors[parameter.key]
         if parameter.expert is None:
             chunks, shape = stored.chunks, stored.size
         else:
@@ -145,12 +168,25 @@ class MegatronCheckpoint:
             full[tuple(slice(offset, offset + size) for offset, size in place)] = self._read_chunk(parameter, chunk)
         return full[: parameter.shape[0]]
 
+    @contextmanager
+    def _interpreted(self) -> Iterator[None]:
+        """A damaged pickle may give anything, and so may what is done with it raise."""
+        path = self.folder / ".metadata"
+        try:
+            yield
+        except ConvertError:
+            raise
+        except OSError as error:
+            raise ConvertError(
+                f"{error.filename or path}: {error.strerror}. Fix: see to its permissions and the disk"
+            ) from error
+        except Exception as error:
+            raise ConvertError(f"{path}: is damaged ({type(error).__name__}). {_COPY_AGAIN}") from error
+
     def _chunks_by_expert(self, key: str) -> dict[int, list[ChunkStorageMetadata]]:
         if key not in self._experts:
-            stored = self.metadata.state_dict_metadata[key]
-            assert isinstance(stored, TensorStorageMetadata)
             by_expert = defaultdict(list)
-            for chunk in stored.chunks:
+            for chunk in self._tensors[key].chunks:
                 for expert in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
                     by_expert[expert].append(chunk)
             self._experts[key] = by_expert
@@ -162,7 +198,7 @@ class MegatronCheckpoint:
         if path not in self._lengths:
             self._lengths[path] = path.stat().st_size if path.is_file() else -1
         if self._lengths[path] < info.offset + info.length:
-            raise ConvertError(f"{path}: {key} cannot be read; the file is missing or truncated")
+            raise ConvertError(f"{path}: {key} cannot be read; the file is missing or truncated. {_COPY_AGAIN}")
 
     def _read_chunk(self, parameter: Parameter, chunk: ChunkStorageMetadata) -> Tensor:
         """The chunk, or the expert in it."""
@@ -172,11 +208,15 @@ class MegatronCheckpoint:
             with path.open("rb") as file:
                 section = io.BufferedReader(_Section(file, info.offset, info.length))
                 tensor = torch.load(section, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise ConvertError(f"{path}: {parameter.key} cannot be read; the file is damaged") from error
-        if tensor.shape != chunk.sizes:
+        except Exception as error:
+            if isinstance(error, OSError) and error.filename:  # could not be opened; what is in it is another matter
+                raise
+            raise ConvertError(f"{path}: {parameter.key} cannot be read; the file is damaged. {_COPY_AGAIN}") from error
+        dtype = self._tensors[parameter.key].properties.dtype
+        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (chunk.sizes, dtype):
+            found = f"{list(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ConvertError(
-                f"{path}: {parameter.key} has a chunk of shape {list(tensor.shape)}, not {list(chunk.sizes)}"
+                f"{path}: {parameter.key} has a chunk {found}, not {list(chunk.sizes)} {dtype} as .metadata says. {_COPY_AGAIN}"
             )
         return tensor if parameter.expert is None else tensor[parameter.expert - chunk.offsets[0]]
 

@@ -26,7 +26,8 @@ from megatron_gppo.convert.output_folder import check_output, output_folder, syn
 from megatron_gppo.convert.prefetch import prefetched
 from megatron_gppo.convert.progress import Converted, ProgressBar, progress_bar
 from megatron_gppo.convert.stacked_experts import stack
-from megatron_gppo.convert.table import Parameter, parameters
+from megatron_gppo.convert.table import Parameter, hf_shapes, parameters
+from megatron_gppo.convert.written import audit, check_dtype, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +71,12 @@ def convert_megatron_to_hf(
         if opened.architecture.dtype != opened.dtype:
             _set_config_dtype(folder / "config.json", opened.dtype)
 
-        written = HfCheckpoint(folder)
-        written.check(opened.hf_shapes())
-        assert written.tensors.keys() == opened.hf_shapes().keys()
-        assert written.dtype == Architecture.from_hf(folder).dtype == opened.dtype
+        with audit():
+            written = HfCheckpoint(folder)
+            written.check(hf_shapes(opened.table))
+            check_names(written.tensors.keys(), opened.hf_shapes().keys())
+            check_dtype(written.dtype, opened.dtype, "the folder")
+            check_dtype(Architecture.from_hf(folder).dtype, opened.dtype, "config.json")
         sync_tree(folder)
         seconds = time.perf_counter() - start
         if verify:
@@ -129,7 +132,7 @@ class _Opened:
         )
 
     def hf_shapes(self) -> dict[str, Shape]:
-        return {name: shape for p in self.table for name, shape in zip(p.hf_names, p.hf_shapes, strict=True)}
+        return dict(hf_shapes(self.table))
 
     def stored_shapes(self) -> dict[str, Shape]:
         return stack(self.hf_shapes()) if self.stacked_experts else self.hf_shapes()
@@ -143,8 +146,9 @@ def _converted(
     source: MegatronCheckpoint, tensors: Iterator[tuple[Parameter, Tensor]], dtype: torch.dtype, bar: ProgressBar
 ) -> Generator[Tensor, None, None]:
     for parameter, full in tensors:
-        warn_of_non_finite(source.folder, parameter, full)
-        for _, tensor in parameter.to_hf(full.to(dtype)):
+        converted = full.to(dtype)
+        warn_of_non_finite(source.folder, parameter, full, converted)
+        for _, tensor in parameter.to_hf(converted):
             bar.update(tensor.nbytes)
             yield tensor
 

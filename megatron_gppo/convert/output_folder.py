@@ -1,6 +1,8 @@
 """A folder that appears under its name only when it is complete."""
 
 import contextlib
+import errno
+import logging
 import os
 import shutil
 import socket
@@ -9,20 +11,34 @@ from pathlib import Path
 
 from megatron_gppo.convert.errors import ConvertError
 
+logger = logging.getLogger(__name__)
+
 
 def check_output(path: str | Path, source: Path, num_bytes: int, overwrite: bool = False) -> None:
     """Raises ConvertError unless output_folder would begin to write there."""
-    path = Path(path).resolve()
-    if path.exists() and not path.is_dir():
-        raise ConvertError(f"{path}: is a file. Fix: give a new folder")
-    if source.resolve().is_relative_to(path):
-        raise ConvertError(f"{path}: holds the source. Fix: give another folder")
-    if path.exists() and any(path.iterdir()) and not overwrite:
-        raise ConvertError(f"{path}: is not empty. Fix: give a new folder, or --overwrite")
-    existing = next(parent for parent in path.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    path, source = _resolved(path), source.resolve()
+    try:
+        if path.exists() and not path.is_dir():
+            raise ConvertError(f"{path}: is a file. Fix: give a new folder")
+        if os.path.ismount(path):
+            raise ConvertError(f"{path}: is a mount point, which no folder can replace. Fix: give a folder in it")
+        if source.is_relative_to(path):
+            raise ConvertError(f"{path}: holds the source. Fix: give another folder")
+        if path.is_relative_to(source):
+            raise ConvertError(f"{path}: is inside the source {source}. Fix: give a folder outside it")
+        if path.exists() and any(path.iterdir()) and not overwrite:
+            raise ConvertError(f"{path}: is not empty. Fix: give a new folder, or --overwrite")
+        existing = next(parent for parent in path.parents if parent.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise ConvertError(
+            f"{error.filename or path}: {error.strerror}. Fix: give a folder that can be written"
+        ) from error
     if free < num_bytes:
-        raise ConvertError(f"{path}: needs {num_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on its disk")
+        raise ConvertError(
+            f"{path}: needs {num_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on its disk. "
+            f"Fix: free some, or give a folder on another disk"
+        )
 
 
 @contextlib.contextmanager
@@ -31,26 +47,37 @@ def output_folder(path: str | Path, source: Path, num_bytes: int, overwrite: boo
 
     What a killed run left beside `path` is removed first.
 
-    Raises ConvertError if `path` holds anything (unless `overwrite`), if it is or holds `source`, if fewer than
-    `num_bytes` are free on its disk, and for what the operating system refuses while the body runs.
+    Raises ConvertError if `path` holds anything (unless `overwrite`), if it is, holds or is inside `source`, if it is a
+    mount point, if fewer than `num_bytes` are free on its disk, and for what the operating system refuses while the body
+    runs. What was at `path` and cannot be removed is left beside it, with a warning. An interruption that comes when
+    `path` is complete says so in a note.
     """
-    path = Path(path).resolve()
-    partial = path.with_name(f".{path.name}.incomplete-{socket.gethostname()}-{os.getpid()}")
+    path = _resolved(path)
+    made, partial = False, _beside(path, "incomplete")
     try:
         _clean_up_after_killed_runs(path)
         check_output(path, source, num_bytes, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.mkdir()
+            made = True
             yield partial
             sync_tree(partial)
-            _replace(path, partial)
+            _put_in_place(partial, path, overwrite)
             _sync(path.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if _beside(path, "replaced").exists():
+                _remove(_beside(path, "replaced"))
+        except BaseException as error:
+            if partial.exists():
+                _remove(partial)
+            elif made:
+                error.add_note(_complete(path))
             raise
     except OSError as error:
-        raise ConvertError(f"{error.filename or path}: {error.strerror}. {path} is as it was") from error
+        state = f"{path} is complete" if hasattr(error, "__notes__") else f"{path} is as it was"
+        raise ConvertError(
+            f"{error.filename or path}: {error.strerror}. {state}. Fix: see to the disk and the folder's permissions"
+        ) from error
 
 
 def sync_tree(folder: Path) -> None:
@@ -59,38 +86,86 @@ def sync_tree(folder: Path) -> None:
         _sync(path)
 
 
-def _replace(path: Path, partial: Path) -> None:
-    """Renames `partial` to `path`; what was there is removed last, or put back."""
+def _resolved(path: str | Path) -> Path:
+    loop = f"{path}: is a loop of symbolic links. Fix: give a new folder"
+    try:
+        resolved = Path(path).resolve()
+    except RuntimeError as error:
+        raise ConvertError(loop) from error
+    except ValueError as error:
+        raise ConvertError(f"{str(path)!r}: is no path: {error}. Fix: give the name of a folder") from error
+    if os.path.islink(resolved):  # Python 3.13 does not raise
+        raise ConvertError(loop)
+    return resolved
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.parent / f"{_prefix(path, kind)}{os.getpid()}"
+
+
+def _prefix(path: Path, kind: str) -> str:
+    return f".{path.name}.{kind}-{socket.gethostname()}-"
+
+
+def _complete(path: Path) -> str:
+    replaced = _beside(path, "replaced")
+    if not replaced.exists():
+        return f"{path} is complete"
+    return f"{path} is complete, but {replaced}, which it replaced, may be left. Fix: remove that one"
+
+
+def _put_in_place(partial: Path, path: Path, overwrite: bool) -> None:
+    """Renames `partial` to `path`; what was there is then beside it, or put back."""
+    if not overwrite:
+        try:
+            partial.rename(path)  # succeeds onto an empty folder, too
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise ConvertError(
+                f"{path}: files appeared there during the run. Fix: give a new folder, or --overwrite"
+            ) from error
+        return
     if not path.exists():
         partial.rename(path)
         return
-    replaced = path.with_name(partial.name.replace(".incomplete-", ".replaced-"))
-    path.rename(replaced)
+    replaced = _beside(path, "replaced")
     try:
+        path.rename(replaced)
         partial.rename(path)
     except BaseException:
-        replaced.rename(path)
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         raise
-    shutil.rmtree(replaced)
 
 
 def _clean_up_after_killed_runs(path: Path) -> None:
-    """Removes their incomplete folders. One that was killed between _replace's two renames has its first one undone."""
+    """Removes their incomplete folders. One that was killed between _put_in_place's two renames has its first one undone."""
+    if not path.parent.is_dir():
+        return
     for kind in ("replaced", "incomplete"):
-        prefix = f".{path.name}.{kind}-{socket.gethostname()}-"
-        for leftover in path.parent.glob(f"{prefix}*"):
-            if _is_running(leftover.name.removeprefix(prefix)):
+        prefix = _prefix(path, kind)
+        for leftover in sorted(path.parent.iterdir()):
+            pid = leftover.name.removeprefix(prefix)
+            if not leftover.name.startswith(prefix) or not pid.isdecimal() or _is_running(int(pid)):
                 continue
             if kind == "replaced" and not path.exists():
                 leftover.rename(path)
             else:
-                shutil.rmtree(leftover)
+                _remove(leftover)
 
 
-def _is_running(pid: str) -> bool:
+def _remove(folder: Path) -> None:
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s: %s, so it is left there. Fix: remove it", folder, error.strerror or error)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -20,7 +20,7 @@ _SEPARATE = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<expert>\d+)\.(?P<kin
 def unstack(name: str, shape: Shape) -> list[tuple[str, Shape]]:
     """The tensors in a stacked one, in the order of their bytes; for any other tensor nothing."""
     match = _STACKED.fullmatch(name)
-    if match is None or len(shape) != 3:
+    if match is None or len(shape) != 3 or 0 in shape:  # of no bytes there may be any number
         return []
     num_experts, rows, columns = shape
     kinds = ["gate", "up"] if match["kind"] == "gate_up" else ["down"]

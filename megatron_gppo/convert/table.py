@@ -6,7 +6,7 @@ theirs has the expert's global number in it. `canonical_name` maps a live module
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -214,15 +214,24 @@ class Parameter:
 
 def parameters(architecture: Architecture) -> list[Parameter]:
     """Every parameter of the model, in the order of a forward pass."""
-    rows = [(kind, 0) for kind in _BEFORE_LAYERS]
-    rows += [(kind, layer) for layer in range(architecture.num_layers) for kind in _LAYER]
-    rows += [(kind, 0) for kind in _AFTER_LAYERS]
-    return [
-        _parameter(kind, architecture, layer, expert)
-        for kind, layer in rows
-        if kind.present(architecture)
-        for expert in (range(architecture.num_experts) if kind.key != kind.name else [None])
-    ]
+    return list(iter_parameters(architecture))
+
+
+def iter_parameters(architecture: Architecture) -> Iterator[Parameter]:
+    """`parameters` one by one, for a reader that stops where the files do."""
+    kinds = [(_BEFORE_LAYERS, range(1)), (_LAYER, range(architecture.num_layers)), (_AFTER_LAYERS, range(1))]
+    for rows, layers in kinds:
+        for layer in layers:
+            for kind in rows:
+                if kind.present(architecture):
+                    for expert in range(architecture.num_experts) if kind.key != kind.name else [None]:
+                        yield _parameter(kind, architecture, layer, expert)
+
+
+def hf_shapes(table: Iterable[Parameter]) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of the HF tensors."""
+    for parameter in table:
+        yield from zip(parameter.hf_names, parameter.hf_shapes, strict=True)
 
 
 def _parameter(kind: _Kind, a: Architecture, layer: int, expert: int | None) -> Parameter:
@@ -275,5 +284,6 @@ def canonical_name(architecture: Architecture, live_name: str, layer_offset: int
     if in_range and any(k.name.format(i=layer, e=expert) == name and k.present(architecture) for k in kinds):
         return name
     raise ConvertError(
-        f"{live_name} (layer offset {layer_offset}, expert offset {expert_offset}) is no parameter of {architecture.name}"
+        f"{live_name} (layer offset {layer_offset}, expert offset {expert_offset}) is no parameter of "
+        f"{architecture.name}. Fix: build the model of the same config.json"
     )
