@@ -30,7 +30,7 @@ quickstart: $(INSTALLED) ## Train a tiny Qwen2 with CE-GPPO on this machine's CP
 test test-unit test-distributed test-e2e: export OMP_NUM_THREADS = 1
 
 test: $(INSTALLED) ## Run all tests
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest --durations 20 tests
 
 test-unit: $(INSTALLED) ## Run the tests that need one process and seconds
 	@$(BIN)/python -m pytest tests/unit
