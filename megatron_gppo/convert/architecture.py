@@ -60,7 +60,9 @@ class Architecture:
         config.refuse("quantization_config", None)
         for layer_type in config.get("layer_types", list, []):
             if layer_type != "full_attention":
-                raise config.error(f"layer_types has {layer_type!r}, which is not supported", "full_attention alone is")
+                raise config.error(
+                    f"layer_types has {layer_type}, which is not supported", "convert a model of full_attention"
+                )
 
         num_attention_heads = config.size("num_attention_heads", most=MOST_HEADS)
         num_kv_heads = config.size("num_key_value_heads", most=MOST_HEADS)

@@ -29,6 +29,8 @@ def check_output(path: str | Path, source: Path, num_bytes: int, overwrite: bool
         if path.exists() and any(path.iterdir()) and not overwrite:
             raise ConvertError(f"{path}: is not empty. Fix: give a new folder, or --overwrite")
         existing = next(parent for parent in path.parents if parent.exists())
+        if not existing.is_dir():
+            raise ConvertError(f"{path}: cannot be made, as {existing} is a file. Fix: give a folder elsewhere")
         free = shutil.disk_usage(existing).free
     except OSError as error:
         raise ConvertError(

@@ -37,11 +37,12 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 
 def assert_refused(action: Callable[[], object], message: str, output: Path) -> None:
-    """The action raises one line that matches, and nothing is left where it would have written."""
+    """The action raises one line that matches and says how to mend it, and nothing is left where it would have written."""
     before = sorted(output.parent.rglob("*"))
     with pytest.raises(ConvertError, match=message) as caught:
         action()
     assert "\n" not in str(caught.value)
+    assert ". Fix: " in str(caught.value)
     assert sorted(output.parent.rglob("*")) == before
 
 

@@ -1,4 +1,4 @@
-"""config.json of the released models that the recipes train: what a plan needs of them. No weights, no tokenizer."""
+"""config.json of released models, with those that recipes train: what a plan needs of them. No weights, no tokenizer."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ _QWEN2 = {
     "rope_theta": 10000,
     "use_sliding_window": False,
 }
+_QWEN25 = _QWEN2 | {"rope_theta": 1000000, "max_position_embeddings": 32768}
 _QWEN3 = {"rope_theta": 1000000, "rope_scaling": None, "use_sliding_window": False, "attention_bias": False}
 _SHARED = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 
@@ -33,6 +34,53 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "vocab_size": 152064,
         "max_position_embeddings": 131072,
+    },
+    "Qwen2.5-0.5B": _QWEN25
+    | {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-3B": _QWEN25
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen2.5-14B": _QWEN25
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    },
+    "Qwen2.5-32B": _QWEN25
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    },
+    "Qwen2.5-72B": _QWEN25
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
     },
     "Qwen3-8B": _QWEN3
     | {
@@ -71,6 +119,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 PUBLISHED_BILLIONS = {
     "DeepSeek-R1-Distill-Qwen-1.5B": 1.78,
     "DeepSeek-R1-Distill-Qwen-7B": 7.62,
+    "Qwen2.5-0.5B": 0.49,
+    "Qwen2.5-3B": 3.09,
+    "Qwen2.5-14B": 14.77,
+    "Qwen2.5-32B": 32.76,
+    "Qwen2.5-72B": 72.71,
     "Qwen3-8B": 8.19,
     "Qwen3-30B-A3B": 30.5,
 }

@@ -425,8 +425,7 @@ def test_a_folder_without_weights(hf: Path) -> None:
     [
         (lambda folder: shutil.rmtree(folder), "metadata.json: cannot be read"),
         (lambda folder: (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "is not of a torch_dist"),
-        (lambda folder: (folder / ".metadata").unlink(), ".metadata: cannot be read, so the checkpoint is incomplete"),
-        (lambda folder: (folder / ".metadata").write_bytes(b"\x80\x04"), ".metadata: cannot be read"),
+        (lambda folder: (folder / ".metadata").unlink(), ".metadata: is missing, so the checkpoint is incomplete"),
         (lambda folder: shutil.rmtree(folder / "hf"), "hf: is missing, so nothing says what model this is"),
         (lambda folder: (folder / "hf" / "config.json").unlink(), "hf/config.json: No such file"),
         (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp: embedding.word_embeddings.weight cannot be"),
@@ -540,7 +539,7 @@ def test_an_output_that_cannot_be_made(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConvertError, match="file: is a file"):
         convert_hf_to_megatron(hf, tmp_path / "file")
-    with pytest.raises(ConvertError, match="file: File exists"):
+    with pytest.raises(ConvertError, match=r"as .*file is a file"):
         convert_hf_to_megatron(hf, tmp_path / "file" / "megatron")
 
 

@@ -1,6 +1,8 @@
 """Layouts and the name table: exact inverses, in Megatron's order, for any shape."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_gppo.convert import Architecture, ConvertError, Parameter, canonical_name, parameters
 from megatron_gppo.convert.layout import QKV, GateUp, Vocabulary
 from megatron_gppo.convert.stacked_experts import stack, unstack
+from tests.support.released_models import PUBLISHED_BILLIONS, write_model_config
 
 ARCHITECTURE = Architecture(
     name="Qwen2ForCausalLM",
@@ -216,3 +219,12 @@ def test_experts_are_dealt_out_whole() -> None:
     EXPERTS.check_layout(tp=4, ep=3)
     with pytest.raises(ConvertError, match=r"ep = 4 does not divide num_experts = 6 .* one of \[1, 2, 3, 6\]"):
         EXPERTS.check_layout(ep=4)
+
+
+@pytest.mark.parametrize("model", PUBLISHED_BILLIONS)
+def test_released_models_have_as_many_parameters_as_published(model: str, tmp_path: Path) -> None:
+    table = parameters(Architecture.from_hf(write_model_config(tmp_path, model)))
+    published = PUBLISHED_BILLIONS[model]
+    assert sum(math.prod(p.shape) for p in table) / 1e9 == pytest.approx(
+        published, abs=0.006 if published < 10 else 0.06
+    )

@@ -46,8 +46,10 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(name: str, *args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         capsys.readouterr()  # what making the model printed
+        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(TOOLS / name), run_name="__main__")
+        signal.signal(signal.SIGINT, before)
         captured = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return ended.value.code, captured.out, captured.err
@@ -254,6 +256,7 @@ def test_hf_folders_that_cannot_be_converted(tool: Tool, hf: Path, tmp_path: Pat
         assert (status, output) == (2, "")
         assert errors.startswith("error: ")
         assert message in errors
+        assert ". Fix: " in errors
         assert len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
