@@ -130,6 +130,12 @@ class MegatronCheckpoint:
                     f"{self.folder}: {key} has shape {list(stored.size)}, but {architecture.name} as configured "
                     f"has {list(parameter.stored_shape)}. {_ANOTHER_MODEL}"
                 )
+            for chunk in stored.chunks:
+                place = zip(chunk.offsets, chunk.sizes, stored.size, strict=True)
+                if any(offset < 0 or size < 0 or offset + size > total for offset, size, total in place):
+                    raise ConvertError(
+                        f"{self.folder / '.metadata'}: is damaged: {key} has a chunk beyond its shape. {_COPY_AGAIN}"
+                    )
             sizes = {chunk.offsets: chunk.sizes.numel() for chunk in stored.chunks}
             if sum(sizes.values()) < stored.size.numel():
                 raise ConvertError(f"{self.folder}: {key} is incomplete: some of its chunks are missing. {_COPY_AGAIN}")

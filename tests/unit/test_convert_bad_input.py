@@ -241,6 +241,21 @@ def test_a_chunk_that_is_there_twice_does_not_stand_for_another(tmp_path: Path) 
     assert_refused(lambda: convert_megatron_to_hf(tmp_path / "m", output), f"{key} is incomplete", output)
 
 
+def test_a_chunk_beyond_its_tensor(tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", architecture=MOE)
+    convert_hf_to_megatron(hf, tmp_path / "m")
+    key = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
+
+    def stretch(metadata: Any) -> None:
+        chunk = metadata.state_dict_metadata[key].chunks[0]
+        chunk.sizes = torch.Size([10**12, *chunk.sizes[1:]])
+
+    edited(stretch)(tmp_path / "m")
+    output = tmp_path / "out" / "hf"
+    message = rf"\.metadata: is damaged: {key} has a chunk beyond its shape. Fix: "
+    assert_refused(lambda: convert_megatron_to_hf(tmp_path / "m", output), message, output)
+
+
 def test_a_file_that_may_not_be_read_is_not_damaged(
     megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,35 @@ def test_an_interruption_after_the_rename_says_that_the_output_is_complete(
     )
 
 
+@pytest.mark.parametrize(("at", "complete"), [(1, False), (2, True)])
+def test_an_interruption_at_a_rename_leaves_one_or_the_other_and_says_which(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at: int,
+    complete: bool,
+) -> None:
+    """Python raises KeyboardInterrupt when the rename has been done."""
+    output, rename, count = in_use(tmp_path / "out" / "m"), Path.rename, 0
+
+    def interrupted(path: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        renamed = rename(path, target)
+        if count == at:
+            raise KeyboardInterrupt
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    assert run(lambda: write(output, source, overwrite=True), str(output)) == 130
+    assert [path.name for path in output.iterdir()] == (["new"] if complete else ["precious"])
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"interrupted: {output} is {'complete, but ' if complete else 'as it was. Fix: run'}")
+    left = [path for path in output.parent.iterdir() if path != output]
+    assert [str(path) in errors for path in left] == ([True] if complete else [])
+
+
 def test_an_error_after_the_rename_says_that_the_output_is_complete(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +169,7 @@ def test_a_mount_point_is_refused(source: Path, tmp_path: Path, monkeypatch: pyt
             action()
     monkeypatch.undo()
     with pytest.raises(ConvertError, match=r"/: is a mount point"):
-        write(Path("/"), source, overwrite=True)
+        check_output(Path("/"), source, 0, overwrite=True)
 
 
 def test_an_output_inside_the_source_is_refused(tmp_path: Path) -> None:
