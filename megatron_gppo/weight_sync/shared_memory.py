@@ -10,8 +10,10 @@ allows few classes in it; a SimpleNamespace has the fields that it reads.
 
 import base64
 import itertools
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -123,14 +125,38 @@ def serialized(bucket: Bucket, data: Tensor | _OpenedBy) -> str:
         )
         for name, shape, start, end in zip(bucket.names, bucket.shapes, [0, *ends[:-1]], ends, strict=True)
     ]
-    # By name. The default passes open file descriptors, which the engine would have to fetch from this process.
+    with _shared_by_name() if isinstance(data, Tensor) else nullcontext():
+        pickled = ForkingPickler.dumps({"flattened_tensor": data, "metadata": metadata})
+    return base64.b64encode(pickled).decode()
+
+
+@contextmanager
+def _shared_by_name() -> Iterator[None]:
+    """CPU tensors that are pickled in the context go by name. By default they go as open file descriptors, which the engine
+    would have to fetch from this process.
+    """
     strategy = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
-        pickled = ForkingPickler.dumps({"flattened_tensor": data, "metadata": metadata})
+        _start_manager()
+        yield
     finally:
         torch.multiprocessing.set_sharing_strategy(strategy)
-    return base64.b64encode(pickled).decode()
+
+
+@cache
+def _start_manager() -> None:
+    """torch's daemon for names lives as long as an engine that has opened one, which may outlive this process by far, and
+    would keep our stderr open: who reads it through a pipe would wait for the engine's end.
+    """
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        torch.empty(1).share_memory_()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def cuda_handle(data: Tensor) -> tuple[Any, ...]:

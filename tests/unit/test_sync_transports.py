@@ -2,7 +2,11 @@
 
 import base64
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -274,3 +278,29 @@ def test_disk_dir_without_the_disk_transport() -> None:
     }
     with pytest.raises(ConfigError, match="disk_dir is of use with transport: disk only, not distributed"):
         parse_config(tree)
+
+
+TRAINER = """
+import subprocess, sys, torch
+from megatron_gppo.weight_sync.bucket import Bucket
+from megatron_gppo.weight_sync.shared_memory import serialized
+bucket = Bucket.flatten([("a", torch.ones(8))], torch.float32, torch.empty(32, dtype=torch.uint8))
+engine = subprocess.Popen(
+    [sys.executable, "-c", sys.argv[1], serialized(bucket, bucket.data)],
+    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+)
+print(engine.pid, engine.stdout.readline().decode())
+"""
+ENGINE = """
+import base64, pickle, sys, time, torch.multiprocessing
+opened = pickle.loads(base64.b64decode(sys.argv[1]))
+print("opened", flush=True)
+time.sleep(600)
+"""
+
+
+def test_who_reads_the_trainers_output_does_not_wait_for_an_engine() -> None:
+    trainer = subprocess.run([sys.executable, "-c", TRAINER, ENGINE], capture_output=True, text=True, timeout=120)
+    engine, opened = trainer.stdout.split()
+    os.kill(int(engine), signal.SIGKILL)
+    assert opened == "opened", trainer.stderr
