@@ -1,10 +1,11 @@
 """Time weight syncs of a Qwen2.5 shape with random weights into a real SGLang server, beside raw copies of the same bytes.
 
     python tools/bench_weight_sync.py --shape 0.5b [--transport tensor distributed disk] [--bucket-mb 64 512] [--dtype bf16]
+    torchrun --nproc-per-node 2 tools/bench_weight_sync.py ...        # the parameters cut over two tensor-parallel ranks
 
-The policy's side is one process that holds the parameters by name, as a rank of a Megatron model of one rank does, without
-the model and its optimizer: they would not fit beside the engine in a small machine's memory. Everything else is what a
-training step does, checks included.
+The policy's side are processes that hold the parameters by name, as the ranks of a Megatron model do, without the model and
+its optimizer: they would not fit beside the engine in a small machine's memory. Everything else is what a training step
+does, checks included.
 
 Beside each transport stands the raw operation of the same bytes in pieces of the bucket's size, in the same run: a copy in
 memory (tensor), a broadcast over gloo to another process (distributed; NCCL is not measured here), writing a file (disk).
@@ -13,12 +14,14 @@ Times are medians.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,7 +51,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ONE_RANK = ParallelState(0, 1, 0, 1, 0, 1, 0, 1, None, None, None, None)
 # As SyncStats has them. Sending and loading go on while the next bucket is converted: theirs is what is waited for.
 PHASES = ("prepare", "gather", "convert", "send", "load", "check")
 RAW = {"tensor": "copy", "distributed": "broadcast", "disk": "write"}
@@ -82,30 +84,56 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the disk transport writes; default: a temporary one")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench_weight_sync_") as folder:
-        measure(args, Path(folder))
+    parallel = parallel_of_torchrun()
+    with ExitStack() as stack:
+        folder = parallel.from_rank_0(
+            lambda: stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder, prefix="bench_weight_sync_"))
+        )
+        measure(args, Path(folder), parallel)
     return 0
 
 
-def measure(args: argparse.Namespace, folder: Path) -> None:
+def parallel_of_torchrun() -> ParallelState:
+    """This process's: one of torchrun's tensor-parallel ranks, or the only one."""
+    if "RANK" not in os.environ:
+        return ParallelState(0, 1, 0, 1, 0, 1, 0, 1, None, None, None, None)
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    return ParallelState(rank, size, rank, size, 0, 1, 0, 1, group, None, None, group)
+
+
+def measure(args: argparse.Namespace, folder: Path, parallel: ParallelState) -> None:
     model = folder / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(model_config(SHAPES[args.shape], args.dtype)))
+
+    def write_model() -> None:
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(model_config(SHAPES[args.shape], args.dtype)))
+
+    parallel.from_rank_0(write_model)
     architecture = Architecture.from_hf(model)
-    shards = random_shards(architecture, DTYPES[args.dtype])
-    num_bytes = sum(shard.nbytes for shard in shards.values())
-    with ManagedServer(make_config(model, folder, args.dtype), folder / "engine.log") as server:
-        server.wait_ready()
-        print(
-            f"{args.shape}, {args.dtype}: {num_bytes / 1e9:.2f} GB in {len(shards)} parameters; {os.cpu_count()} cores, "
-            f"load average {os.getloadavg()[0]:.1f}\n\n"
+    shards = random_shards(architecture, DTYPES[args.dtype], parallel)
+    num_bytes = sum(math.prod(parameter.shape) for parameter in parameters(architecture)) * DTYPES[args.dtype].itemsize
+    with ExitStack() as stack:
+
+        def start_engine() -> str:
+            config = make_config(model, folder, args.dtype)
+            server = stack.enter_context(ManagedServer(config, folder / "engine.log"))
+            server.wait_ready()
+            return server.url
+
+        url = parallel.from_rank_0(start_engine)
+        say(
+            parallel,
+            f"{args.shape}, {args.dtype}: {num_bytes / 1e9:.2f} GB in {len(shards)} parameters, tp {parallel.tp_size}; "
+            f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}\n\n"
             f"{'':<13}{'MiB a':>7}{'':>50}seconds of each phase\n"
             f"{'transport':<13}{'bucket':>7}{'seconds':>9}{'GB/s':>7}{'raw':>11}{'GB/s':>6}{'of raw':>8}"
-            + "".join(f"{name:>9}" for name in PHASES)
+            + "".join(f"{name:>9}" for name in PHASES),
         )
         for bucket_mb in args.bucket_mb:
             for transport in args.transport:
-                measure_transport(args, folder, server.url, architecture, shards, transport, bucket_mb)
+                measure_transport(args, folder, url, architecture, shards, num_bytes, transport, bucket_mb, parallel)
 
 
 def measure_transport(
@@ -114,15 +142,16 @@ def measure_transport(
     url: str,
     architecture: Architecture,
     shards: dict[str, torch.Tensor],
+    num_bytes: int,
     transport: str,
     bucket_mb: int,
+    parallel: ParallelState,
 ) -> None:
-    num_bytes = sum(shard.nbytes for shard in shards.values())
     piece = bucket_mb * 2**20
     raw = {"tensor": raw_copy, "distributed": raw_broadcast, "disk": raw_write}[transport]
-    before = raw(num_bytes, piece, args.repeats, folder)
+    before = parallel.from_rank_0(lambda: raw(num_bytes, piece, args.repeats, folder))
     config = make_config(folder / "model", folder, args.dtype, transport=transport, bucket_mb=bucket_mb)
-    weight_sync = WeightSync(config, architecture, ONE_RANK, OneEngine(url))
+    weight_sync = WeightSync(config, architecture, parallel, OneEngine(url) if parallel.rank == 0 else None)
     weight_sync.sync(shards, 1)  # makes the group, and gets the memory
     syncs = []
     for version in range(2, 2 + args.repeats):
@@ -131,14 +160,20 @@ def measure_transport(
         syncs.append(weight_sync.sync(shards, version))
     weight_sync.close()
     seconds = statistics.median(sync.seconds for sync in syncs)
-    raw_seconds = statistics.median([*before, *raw(num_bytes, piece, args.repeats, folder)])
+    after = parallel.from_rank_0(lambda: raw(num_bytes, piece, args.repeats, folder))
+    raw_seconds = statistics.median([*before, *after])
     phases = [statistics.median(sync.phases.get(name, 0.0) for sync in syncs) for name in PHASES]
-    print(
+    say(
+        parallel,
         f"{transport:<13}{bucket_mb:>7}{seconds:>9.2f}{num_bytes / seconds / 1e9:>7.2f}{RAW[transport]:>11}"
         f"{num_bytes / raw_seconds / 1e9:>6.2f}{raw_seconds / seconds:>8.0%}"
         + "".join(f"{phase:>9.2f}" for phase in phases),
-        flush=True,
     )
+
+
+def say(parallel: ParallelState, text: str) -> None:
+    if parallel.rank == 0:
+        print(text, flush=True)
 
 
 def model_config(shape: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -174,9 +209,12 @@ def make_config(model: Path, folder: Path, dtype: str, **sync: Any) -> Config:
     )
 
 
-def random_shards(architecture: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def random_shards(architecture: Architecture, dtype: torch.dtype, parallel: ParallelState) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)  # a norm is the same on every rank
     return {
-        parameter.name: torch.empty(parameter.shape, dtype=dtype).uniform_(-0.05, 0.05)
+        parameter.name: parameter.shard(
+            torch.empty(parameter.shape, dtype=dtype).uniform_(-0.05, 0.05), parallel.tp_rank, parallel.tp_size
+        ).clone()
         for parameter in parameters(architecture)
     }
 
