@@ -156,7 +156,7 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(prog="python -m examples.entropy_study.run", description="Run the entropy study.")
     parser.add_argument("--dir", type=Path, default=FOLDER, help="folder of the study (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="8 steps and one seed, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="3 steps and one seed, to see that everything works")
     parser.add_argument("--steps", type=int, default=40, help="steps of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (%(default)s)")
     parser.add_argument(
@@ -168,7 +168,7 @@ def main() -> int:
     interrupt_on_signals()
     folder, steps, seeds = arguments.dir, arguments.steps, arguments.seeds
     if arguments.quick:
-        folder, steps, seeds = folder.with_name(f"{folder.name}_quick"), 8, 1
+        folder, steps, seeds = folder.with_name(f"{folder.name}_quick"), 3, 1
     try:
         study(folder, steps=steps, seeds=seeds, lanes=arguments.lanes)
     except (ConfigError, PhaseError, EngineError) as error:

@@ -1,7 +1,7 @@
 """From the live policy to HF tensors in flattened buckets on global rank 0; called by every rank in lockstep.
 
     every TP rank   own shards of a bucket's parameters, cast and flattened
-      -> TP rank 0  one gather a bucket; shards joined and split into HF tensors by convert's table
+      -> TP rank 0  all of them; shards joined and split into HF tensors by convert's table
       -> rank 0     the finished bucket, sent by the pipeline stage that owns it
 
 Experts are whole on their ranks, so the one that owns a bucket's experts splits them by itself and sends the finished
@@ -135,9 +135,19 @@ class Exporter:
     def _gather_over_tp(self, own: Sequence[Tensor]) -> list[list[Tensor]]:
         """Every TP rank's shards on TP rank 0, nothing on the others."""
         flat = torch.cat([shard.to(self._dtype).reshape(-1) for shard in own]).view(torch.uint8)
-        is_root = self._parallel.tp_rank == 0
-        gathered = [torch.empty_like(flat) for _ in range(self._parallel.tp_size)] if is_root else []
-        dist.gather(flat, gathered if is_root else None, group=self._parallel.tp_group, group_dst=0)
+        group = self._parallel.tp_group
+        gathered = []
+        # Not dist.gather, which takes gloo several times as long; NCCL does the same for both.
+        if self._parallel.tp_rank == 0:
+            gathered = [flat, *(torch.empty_like(flat) for _ in range(1, self._parallel.tp_size))]
+            transfers = [
+                dist.P2POp(dist.irecv, part, group=group, group_peer=rank)
+                for rank, part in enumerate(gathered[1:], start=1)
+            ]
+        else:
+            transfers = [dist.P2POp(dist.isend, flat, group=group, group_peer=0)]
+        for transfer in dist.batch_isend_irecv(transfers):
+            transfer.wait()
         return [unflatten(shards, [tuple(shard.shape) for shard in own], self._dtype) for shards in gathered]
 
     def _send_to_first_stage(self, number: int, bucket: Bucket | None) -> Bucket | None:
