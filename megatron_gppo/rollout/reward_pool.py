@@ -174,8 +174,8 @@ class RewardPool:
                 self._questions.put(pending)
 
     def _settle(self, pending: "_Pending", judgement: Judgement) -> None:
+        self._report(judgement.outcome, pending, judgement.detail)  # first: who has the verdict may look for the log
         pending.settle(judgement)
-        self._report(judgement.outcome, pending, judgement.detail)
 
     def _report(self, outcome: Outcome, pending: "_Pending", detail: str | None) -> None:
         """Logs the first of its kind; all are counted by whoever reads the verdicts."""

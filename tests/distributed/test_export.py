@@ -184,15 +184,19 @@ def sync_again(rank: int, folder: Path) -> tuple[list[list[str]], set[str], dict
     names: set[str] = set()
 
     def push(
-        fleet: Fleet, transport: Transport, buckets: Iterator[Bucket], num_buckets: int, **settings: object
-    ) -> dict[str, float]:
+        fleet: Fleet,
+        transport: Transport,
+        buckets: Iterator[Bucket],
+        num_buckets: int,
+        num_bytes: int,
+        **settings: object,
+    ) -> None:
         fleets.append([endpoint.url for endpoint in fleet.endpoints])
         names.update(next(buckets).names)
         if len(fleets) < 3:
             fleet.lose(fleet.endpoints[0], "load bucket 1", "it died")
             raise SendAgainError
         names.update(name for bucket in buckets for name in bucket.names)
-        return {}
 
     sync.push = push
     engines = GivenEngines(*ENGINES)
