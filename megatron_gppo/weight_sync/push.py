@@ -55,7 +55,7 @@ def push(
     with phases("load"):
         if transport.in_session:
             fleet.on_all("end", WeightEndpoint.end_update)
-        fleet.on_all("forget the old cache", lambda endpoint: endpoint.forget_cache(pause))
+        fleet.on_all("forget the old cache", WeightEndpoint.forget_cache)
     with phases("check"):
         if num_sent != num_bytes:
             raise WeightSyncError(f"weight sync: {num_sent} bytes were sent, not {num_bytes}")

@@ -255,17 +255,28 @@ def test_each_rank_of_an_engine_gets_a_handle() -> None:
     assert (body["load_format"], body["weight_version"]) == ("flattened_bucket", "3")
 
 
-@pytest.mark.parametrize(("mode", "is_error"), [("abort", True), ("retract", True), ("in_place", False)])
-def test_only_requests_paused_in_place_may_keep_the_old_cache(mode: Any, is_error: bool) -> None:
-    engine = Endpoint("http://e", "answered 400: Flush cache failed.")
-    if is_error:
-        with pytest.raises(WeightSyncError, match="Flush cache failed"):
-            engine.forget_cache(mode)
-    else:
-        engine.forget_cache(mode)
+@pytest.mark.parametrize("mode", ["abort", "retract"])
+def test_the_last_bucket_drops_the_old_cache(mode: Any) -> None:
+    engine = Endpoint("http://e")
+    engine.pause(mode)
+    engine.load(["a"], version=None)
+    engine.load(["b"], version="3")
+    engine.forget_cache()
+    assert [path for path, _ in engine.calls] == ["/pause_generation", *["/update_weights_from_tensor"] * 2]
+    assert [body["flush_cache"] for _, body in engine.calls[1:]] == [False, True]
+
+
+def test_requests_paused_in_place_may_keep_the_old_cache() -> None:
+    engine = Endpoint("http://e")
+    engine.pause("in_place")
+    engine.load(["a"], version="3")
+    assert not engine.calls[-1][1]["flush_cache"], "or the update would fail"
+    engine.failure = "answered 400: Flush cache failed."
+    engine.forget_cache()
+    assert engine.calls[-1][0] == "/flush_cache"
     engine.failure = "answered 500: oops"
     with pytest.raises(WeightSyncError, match="oops"):
-        engine.forget_cache(mode)
+        engine.forget_cache()
 
 
 def test_disk_dir_without_the_disk_transport() -> None:
