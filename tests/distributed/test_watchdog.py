@@ -197,5 +197,5 @@ def test_a_store_that_is_gone_ends_the_run(tmp_path: Path) -> None:
 def test_what_has_a_limit_of_its_own_gets_it_first(tmp_path: Path) -> None:
     of_run = config(tmp_path)
     assert limits(of_run)["rollout"] == STALL_S + 0.1 + of_run.rollout.start_timeout_s
-    assert limits(of_run)["sync"] == STALL_S + of_run.sync.timeout_s
+    assert limits(of_run)["sync"] == STALL_S + of_run.sync.timeout_s + of_run.rollout.start_timeout_s
     assert limits(of_run)["checkpoint"] == STALL_S + 60
