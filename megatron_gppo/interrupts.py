@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: finish what must not be cut, save, and leave."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -41,3 +42,15 @@ class Interrupts:
             self._on_request()
         elif number == signal.SIGINT and now - self._requested_at > SECOND_INTERRUPT_AFTER_S:
             raise KeyboardInterrupt
+
+
+def say_interrupted_before_it_began() -> None:
+    """From now on Ctrl-C ends the process with one line. For the seconds of imports, some of which turn KeyboardInterrupt
+    into other errors.
+    """
+    signal.signal(signal.SIGINT, _interrupted_before_it_began)
+
+
+def _interrupted_before_it_began(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"interrupted before it began. Fix: run the same command again\n")
+    os._exit(128 + number)

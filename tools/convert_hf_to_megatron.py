@@ -1,19 +1,11 @@
 """Convert an HF Qwen folder to a torch_dist checkpoint that trains at any layout. Needs no GPU and no torchrun."""
 
 import argparse
-import os
-import signal
 import sys
-from types import FrameType
 
+from megatron_gppo.interrupts import say_interrupted_before_it_began
 
-def interrupted_before_it_began(signum: int, frame: FrameType | None) -> None:
-    os.write(2, b"interrupted before it began. Fix: run the same command again\n")
-    os._exit(128 + signum)
-
-
-# The imports take seconds, and some of them turn KeyboardInterrupt into other errors. run() takes over.
-signal.signal(signal.SIGINT, interrupted_before_it_began)
+say_interrupted_before_it_began()  # until run() takes over
 
 from megatron_gppo.convert import convert_hf_to_megatron, describe_hf_to_megatron  # noqa: E402
 from megatron_gppo.convert.command_line import DTYPES, add_common_arguments, positive_int, run  # noqa: E402

@@ -1,19 +1,11 @@
 """Convert a torch_dist checkpoint, converted or saved by training, to an HF folder. Needs no GPU and no torchrun."""
 
 import argparse
-import os
-import signal
 import sys
-from types import FrameType
 
+from megatron_gppo.interrupts import say_interrupted_before_it_began
 
-def interrupted_before_it_began(signum: int, frame: FrameType | None) -> None:
-    os.write(2, b"interrupted before it began. Fix: run the same command again\n")
-    os._exit(128 + signum)
-
-
-# The imports take seconds, and some of them turn KeyboardInterrupt into other errors. run() takes over.
-signal.signal(signal.SIGINT, interrupted_before_it_began)
+say_interrupted_before_it_began()  # until run() takes over
 
 from megatron_gppo.convert import convert_megatron_to_hf, describe_megatron_to_hf  # noqa: E402
 from megatron_gppo.convert.command_line import DTYPES, add_common_arguments, num_bytes, run  # noqa: E402

@@ -39,7 +39,10 @@ def run(action: Callable[[], str], output: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}. Fix: see to its permissions and the disk", file=sys.stderr)
+        print(
+            f"error: {error.filename or output}: {error.strerror or error}. Fix: see to its permissions and the disk",
+            file=sys.stderr,
+        )
         return 2
     except (KeyboardInterrupt, Terminated) as error:
         as_it_was = f"{output} is as it was. Fix: run the same command to start again"

@@ -9,7 +9,7 @@ import aiohttp
 
 from megatron_gppo.config import SamplingConfig
 from megatron_gppo.datatypes import Response
-from megatron_gppo.http_calls import HttpCallError, authorization, call
+from megatron_gppo.http_calls import authorization
 from megatron_gppo.rollout.json_answers import parse_json
 from megatron_gppo.rollout.pieces import Piece, Staleness, UnusableItemError, parse_piece
 
@@ -209,22 +209,6 @@ class Engine:
             )
         counts["retried_requests"] += 1
         await asyncio.sleep(min(FIRST_RETRY_DELAY_S * 2 ** (attempt - 1), MAX_RETRY_DELAY_S))
-
-
-def call_engine(
-    url: str,
-    path: str,
-    api_key: str | None,
-    body: dict[str, Any] | None = None,
-    *,
-    method: str | None = None,
-    timeout_s: float,
-) -> bytes:
-    """One blocking call that is not generation. Raises EngineFaultError."""
-    try:
-        return call(url, path, api_key, body, method=method, timeout_s=timeout_s)
-    except HttpCallError as error:
-        raise EngineFaultError(str(error)) from error
 
 
 def _was_aborted(answer: Any) -> bool:

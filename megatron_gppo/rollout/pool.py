@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_gppo.config import RolloutConfig
+from megatron_gppo.http_calls import HttpCallError, call
 from megatron_gppo.rollout.dispatch import Prospect
-from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, call_engine
+from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError
 from megatron_gppo.rollout.hosts import EngineHost
 from megatron_gppo.rollout.router import Router
 from megatron_gppo.rollout.server import make_engine
@@ -298,7 +299,10 @@ class EnginePool:
             member.memory_released = "weights" in tags
 
     def _call(self, engine: Engine, path: str, body: dict[str, Any]) -> None:
-        call_engine(engine.url, path, self._config.api_key, body, timeout_s=MEMORY_TIMEOUT_S)
+        try:
+            call(engine.url, path, self._config.api_key, body, timeout_s=MEMORY_TIMEOUT_S)
+        except HttpCallError as error:
+            raise EngineFaultError(str(error)) from error
 
     def _tell_router(self) -> None:
         with self._lock:

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from megatron_gppo.config import ConfigError, RolloutConfig
-from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, call_engine
+from megatron_gppo.http_calls import HttpCallError, call
+from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError
 from megatron_gppo.rollout.guarding import guarded
 from megatron_gppo.rollout.server import free_port, make_engine
 
@@ -65,7 +67,7 @@ class Router:
         while True:
             self.check()
             try:
-                call_engine(self.url, "/liveness", self._api_key, timeout_s=CALL_TIMEOUT_S)
+                self._call("/liveness")
                 return
             except EngineFaultError as error:
                 if time.monotonic() > deadline:
@@ -84,16 +86,9 @@ class Router:
     def set_workers(self, urls: set[str]) -> None:
         """From now on it sends requests to these engines. Returns when it does; raises EngineFaultError."""
         for url in self._workers - urls:
-            call_engine(
-                self.url,
-                f"/workers/{quote(self._ids()[url], safe='')}",
-                self._api_key,
-                method="DELETE",
-                timeout_s=CALL_TIMEOUT_S,
-            )
+            self._call(f"/workers/{quote(self._ids()[url], safe='')}", method="DELETE")
         for url in urls - self._workers:
-            body = {"url": url} | ({"api_key": self._api_key} if self._api_key is not None else {})
-            call_engine(self.url, "/workers", self._api_key, body, timeout_s=CALL_TIMEOUT_S)
+            self._call("/workers", {"url": url} | ({"api_key": self._api_key} if self._api_key is not None else {}))
         deadline = time.monotonic() + START_TIMEOUT_S
         while not urls <= set(self._ids()):
             if time.monotonic() > deadline:
@@ -109,8 +104,14 @@ class Router:
 
     def _ids(self) -> dict[str, str]:
         """The router's names of its healthy workers, by URL."""
-        answer = json.loads(call_engine(self.url, "/workers", self._api_key, timeout_s=CALL_TIMEOUT_S))
-        return {worker["url"]: worker["id"] for worker in answer["workers"] if worker["is_healthy"]}
+        workers = json.loads(self._call("/workers"))["workers"]
+        return {worker["url"]: worker["id"] for worker in workers if worker["is_healthy"]}
+
+    def _call(self, path: str, body: dict[str, Any] | None = None, method: str | None = None) -> bytes:
+        try:
+            return call(self.url, path, self._api_key, body, method=method, timeout_s=CALL_TIMEOUT_S)
+        except HttpCallError as error:
+            raise EngineFaultError(str(error)) from error
 
 
 def _is_installed() -> bool:

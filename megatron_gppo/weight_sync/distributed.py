@@ -159,9 +159,10 @@ class DistributedTransport:
         for endpoint in gone or failed_before or calls:
             call = calls[endpoint]
             if not call.done():
-                fleet.lose(endpoint, phase, cause or f"still waiting {GRACE_S:g} s after its group had ended")
+                error: BaseException = NoAnswerError(cause or f"still waiting {GRACE_S:g} s after its group had ended")
             else:
-                fleet.lose(endpoint, phase, str(call.exception() or cause))
+                error = call.exception() or WeightSyncError(cause)
+            fleet.lose(endpoint, phase, error)
         fleet.require_one()
         raise SendAgainError
 

@@ -9,17 +9,24 @@ from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Any, Protocol, TypeVar
 
-from megatron_gppo.weight_sync.endpoint import WeightEndpoint, WeightSyncError
+from megatron_gppo.weight_sync.endpoint import NoAnswerError, WeightEndpoint, WeightSyncError
 
 T = TypeVar("T")
 Calls = Mapping[WeightEndpoint, Future[T]]
 
 
+class EnginesGoneError(WeightSyncError):
+    """No engine is left, and not because of what they were sent: one at least has ended or hangs, and may come back."""
+
+
 class SyncedEngines(Protocol):
-    """Who runs the engines, as weight sync sees them. Rank 0 only; no method may block for long."""
+    """Who runs the engines, as weight sync sees them. Rank 0 only; no other method than to_sync may block for long."""
 
     def to_sync(self) -> list[str]:
-        """URLs of all engines that are up, those included that wait for weights before they may serve."""
+        """URLs of all engines that are up, those included that wait for weights before they may serve.
+
+        Waits where none is up but one is coming up, and raises where none is either.
+        """
 
     def gpus(self, url: str) -> Sequence[int]:
         """Those of the engine's TP ranks, as the trainer's ranks on its machine count them; empty if it was shown all."""
@@ -38,6 +45,7 @@ class Fleet:
         """`failed_before`: engines that are not in the fleet, and whose failures the error repeats when none is left."""
         self.endpoints = list(endpoints)
         self.failed: dict[str, str] = {}  # URL -> phase and cause
+        self._any_gone = False
         self._failed_before = failed_before or {}
         self.require_one()
 
@@ -58,19 +66,22 @@ class Fleet:
         """Takes the engines out whose calls have failed by now."""
         for endpoint, call in calls.items():
             if call.done() and (error := call.exception()) is not None:
-                self.lose(endpoint, phase, str(error) if isinstance(error, WeightSyncError) else repr(error))
+                self.lose(endpoint, phase, error)
         self.require_one()
 
-    def lose(self, endpoint: WeightEndpoint, phase: str, cause: str) -> None:
+    def lose(self, endpoint: WeightEndpoint, phase: str, error: BaseException) -> None:
         if endpoint in self.endpoints:
             self.endpoints.remove(endpoint)
+            self._any_gone |= isinstance(error, NoAnswerError)
+            cause = str(error) if isinstance(error, WeightSyncError) else repr(error)
             named = cause if endpoint.url in cause else f"{endpoint.url}: {cause}"
             self.failed[endpoint.url] = f"phase '{phase}': {named}"
 
     def require_one(self) -> None:
         if not self.endpoints:
             causes = [*self._failed_before.values(), *self.failed.values()]
-            raise WeightSyncError(f"weight sync: no engine is left; {'; '.join(causes) or 'there was none'}")
+            kind = EnginesGoneError if self._any_gone else WeightSyncError
+            raise kind(f"weight sync: no engine is left; {'; '.join(causes) or 'there was none'}")
 
 
 def in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:

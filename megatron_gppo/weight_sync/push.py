@@ -61,7 +61,8 @@ def push(
             raise WeightSyncError(f"weight sync: {num_sent} bytes were sent, not {num_bytes}")
         for endpoint, reported in fleet.on_all("check version", WeightEndpoint.weight_version).items():
             if reported != version:
-                fleet.lose(endpoint, "check version", f"reports weight version {reported}, not {version}")
+                wrong = WeightSyncError(f"reports weight version {reported}, not {version}")
+                fleet.lose(endpoint, "check version", wrong)
         held = fleet.on_all("check sample", lambda endpoint: endpoint.checksums(skip=sample.skip))
         sample.check({processes[endpoint]: checksums for endpoint, checksums in held.items()})
         fleet.on_all("resume", WeightEndpoint.resume)

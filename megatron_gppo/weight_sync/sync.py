@@ -19,7 +19,7 @@ from megatron_gppo.weight_sync.disk import DiskTransport
 from megatron_gppo.weight_sync.distributed import DistributedTransport
 from megatron_gppo.weight_sync.endpoint import Checksums, WeightEndpoint
 from megatron_gppo.weight_sync.export import Exporter
-from megatron_gppo.weight_sync.fleet import Fleet, SyncedEngines
+from megatron_gppo.weight_sync.fleet import EnginesGoneError, Fleet, SyncedEngines
 from megatron_gppo.weight_sync.push import push
 from megatron_gppo.weight_sync.sample import RollingSample
 from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport
@@ -49,7 +49,8 @@ class WeightSync:
     WeightSyncError on rank 0 and as PeerFailed on the others. After an error nothing but close() may be called.
 
     `engines`, on rank 0 only, says at every sync which engines there are, and hears which of them hold the new weights and
-    which failed. One that fails is no error as long as another is left. Where `shards` appears, it is this rank's
+    which failed. One that fails is no error as long as another is left. When the last one ends or hangs in a sync that is not
+    the first, the sync waits for one that comes back (SyncedEngines.to_sync). Where `shards` appears, it is this rank's
     parameters by canonical name (convert.canonical_name).
     """
 
@@ -71,6 +72,7 @@ class WeightSync:
         self._sample: RollingSample | None = None
         self._synced: list[str] = []  # URLs of the engines that hold the weights of the last sync; on rank 0
         self._syncs = 0
+        self._started = False
 
     def sync(self, shards: Mapping[str, Tensor], version: int) -> SyncStats:
         """Gives the policy's weights to every engine, as `version`, and checks a sample of them, or all if it is time.
@@ -98,6 +100,7 @@ class WeightSync:
         else:
             self._send(shards, version)
         self._verify_all(shards, version)
+        self._started = True
 
     def verify_probe(self, token_ids: Sequence[int], logprobs: Tensor) -> float:
         """Compares the engines' log-probs of token_ids[1:] with the policy's.
@@ -138,7 +141,7 @@ class WeightSync:
             self._transport.close()
 
     def _send(self, shards: Mapping[str, Tensor], version: int) -> dict[str, float]:
-        """One push, and more of them as long as an engine that fails takes the others' connections with it.
+        """One push, and more of them as long as an engine that fails takes the others' connections with it, or was the last.
 
         Returns the seconds of the last one, by phase.
         """
@@ -146,14 +149,19 @@ class WeightSync:
             bucket_bytes = self._config.bucket_mb * 2**20
             self._exporter = Exporter(self._parameters, shards, self._parallel, self._dtype, bucket_bytes)
             self._sample = RollingSample(self._exporter.names)
-        failed: dict[str, str] = {}  # in this sync: who comes back meanwhile waits for the next
+        failed: dict[str, str] = {}  # in this sync
         phases = None
         while phases is None:
             phases = self._send_once(shards, version, failed)
         return phases
 
     def _send_once(self, shards: Mapping[str, Tensor], version: int, failed: dict[str, str]) -> dict[str, float] | None:
-        urls = self._parallel.from_rank_0(lambda: [url for url in self._to_sync() if url not in failed])
+        def urls_to_sync() -> list[str]:
+            up = self._to_sync()
+            # Who comes back meanwhile waits for the next sync, unless nobody else is left.
+            return [url for url in up if url not in failed] or up
+
+        urls = self._parallel.from_rank_0(urls_to_sync)
         phases = Phases()
         buckets = self._buckets(shards, urls, phases)
         if self._parallel.rank != 0:
@@ -189,6 +197,10 @@ class WeightSync:
                     phases=phases,
                 )
         except SendAgainError:
+            return None
+        except EnginesGoneError:
+            if not self._started:  # nothing is forgiven: more likely they cannot work here
+                raise
             return None
         finally:
             # The other ranks gather and send to the end, whatever became of the engines.

@@ -194,7 +194,7 @@ def sync_again(rank: int, folder: Path) -> tuple[list[list[str]], set[str], dict
         fleets.append([endpoint.url for endpoint in fleet.endpoints])
         names.update(next(buckets).names)
         if len(fleets) < 3:
-            fleet.lose(fleet.endpoints[0], "load bucket 1", "it died")
+            fleet.lose(fleet.endpoints[0], "load bucket 1", WeightSyncError("it died"))
             raise SendAgainError
         names.update(name for bucket in buckets for name in bucket.names)
 

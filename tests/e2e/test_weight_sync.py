@@ -367,5 +367,9 @@ def test_several_engines_and_one_that_dies(
         assert weight_sync.verify_probe(PROBE, hf_logprobs(new_model)) < 1e-5
         engines.urls = [second.url]
         with pytest.raises(WeightSyncError, match=f"no engine is left; phase 'read the engine's layout': {second.url}"):
-            weight_sync.sync(shards_of(new_model), 6)
+            make_sync(tiny_model, engines, tmp_path).sync(shards_of(new_model), 6)
+        engines.coming_up = engine.url
+        weight_sync.sync(shards_of(tiny_model), 6)
+        assert engines.versions[engine.url] == 6
+        assert weight_sync.verify_probe(PROBE, hf_logprobs(tiny_model)) < 1e-5
         weight_sync.close()

@@ -8,6 +8,7 @@ class GivenEngines:
         self.urls = list(urls)
         self.versions: dict[str, int] = {}  # by URL
         self.failures: dict[str, str] = {}
+        self.coming_up: str | None = None  # the only one that is up when another was lost
 
     def to_sync(self) -> list[str]:
         return list(self.urls)
@@ -20,3 +21,5 @@ class GivenEngines:
 
     def lost(self, url: str, why: str) -> None:
         self.failures[url] = why
+        if self.coming_up is not None:
+            self.urls = [self.coming_up]

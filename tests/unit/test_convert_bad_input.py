@@ -38,17 +38,6 @@ NORM = "model.norm.weight"
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    return make(tmp_path / "hf")
-
-
-@pytest.fixture
-def megatron(hf: Path, tmp_path: Path) -> Path:
-    convert_hf_to_megatron(hf, tmp_path / "megatron")
-    return tmp_path / "megatron"
-
-
 # config.json
 
 

@@ -57,17 +57,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    return make(tmp_path / "hf")
-
-
-@pytest.fixture
-def megatron(hf: Path, tmp_path: Path) -> Path:
-    convert_hf_to_megatron(hf, tmp_path / "megatron")
-    return tmp_path / "megatron"
-
-
 # Round trip
 
 

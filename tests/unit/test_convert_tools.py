@@ -29,17 +29,6 @@ TO_MEGATRON, TO_HF = "convert_hf_to_megatron.py", "convert_megatron_to_hf.py"
 
 
 @pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    return make(tmp_path / "hf")
-
-
-@pytest.fixture
-def megatron(hf: Path, tmp_path: Path) -> Path:
-    convert_hf_to_megatron(hf, tmp_path / "megatron")
-    return tmp_path / "megatron"
-
-
-@pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs a tool in this process, which saves seconds of imports. Returns exit status, output, errors."""
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_gppo.config import ConfigError
-from megatron_gppo.rollout.engine import EngineFaultError, call_engine
+from megatron_gppo.http_calls import HttpCallError, call
+from megatron_gppo.rollout.engine import EngineFaultError
 from megatron_gppo.rollout.router import Router
 from tests.support.rollout import make_config, processes_below, wait_gone
 
@@ -66,7 +67,7 @@ def test_it_routes_to_those_that_it_was_given(tmp_path: Path) -> None:
             names = set()
             for index in range(requests):
                 body = {**REQUEST, "input_ids": [index, index + 1]}
-                answer = json.loads(call_engine(router.url, "/generate", KEY, body, timeout_s=30))
+                answer = json.loads(call(router.url, "/generate", KEY, body, timeout_s=30))
                 assert body.items() <= answer["asked"].items(), "nothing of a request is lost on the way"
                 names.add(answer["name"])
             return names
@@ -77,8 +78,8 @@ def test_it_routes_to_those_that_it_was_given(tmp_path: Path) -> None:
         assert served_by(30) <= {"a", "b"}
         router.set_workers({b})
         assert served_by(3) == {"b"}
-        with pytest.raises(EngineFaultError, match="answered 401"):
-            call_engine(router.url, "/generate", "wrong", REQUEST, timeout_s=30)
+        with pytest.raises(HttpCallError, match="answered 401"):
+            call(router.url, "/generate", "wrong", REQUEST, timeout_s=30)
         router.check()
         router.close()
         with pytest.raises(EngineFaultError, match=r"ended with status .*router\.log"):

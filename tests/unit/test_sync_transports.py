@@ -91,25 +91,31 @@ def broken_up(calls: dict[WeightEndpoint, Future[None]]) -> dict[str, str]:
     return fleet.failed
 
 
-def test_an_engine_that_dies_is_to_blame_though_another_answers_first() -> None:
-    dying, living = Endpoint("http://dying"), Endpoint("http://living")
-    calls: dict[WeightEndpoint, Future[None]] = {dying: Future(), living: Future()}
-    calls[living].set_exception(WeightSyncError("http://living answered 400: Connection closed by peer"))
-    broken = NoAnswerError("http://dying failed: Connection reset by peer")
-    death = threading.Timer(0.2, lambda: calls[dying].set_exception(broken))
-    death.start()
-    assert broken_up(calls) == {"http://dying": "phase 'broadcast': http://dying failed: Connection reset by peer"}
-    death.join()
-
-
-def test_an_engine_that_answers_with_an_error_is_to_blame_where_none_dies() -> None:
-    refusing, living = Endpoint("http://refusing"), Endpoint("http://living")
-    calls: dict[WeightEndpoint, Future[None]] = {refusing: Future(), living: Future()}
-    calls[refusing].set_exception(WeightSyncError("http://refusing answered 400: unknown tensor"))
-    consequence = WeightSyncError("http://living answered 400: Connection closed by peer")
-    answer = threading.Timer(0.2, lambda: calls[living].set_exception(consequence))
+@pytest.mark.parametrize(
+    ("first", "later", "blamed"),
+    [
+        pytest.param(
+            WeightSyncError("http://first answered 400: Connection closed by peer"),
+            NoAnswerError("http://later failed: Connection reset by peer"),
+            "http://later",
+            id="one that dies, though another answers first",
+        ),
+        pytest.param(
+            WeightSyncError("http://first answered 400: unknown tensor"),
+            WeightSyncError("http://later answered 400: Connection closed by peer"),
+            "http://first",
+            id="the first to refuse, where none dies",
+        ),
+    ],
+)
+def test_who_is_to_blame_for_a_broken_group(first: WeightSyncError, later: WeightSyncError, blamed: str) -> None:
+    calls: dict[WeightEndpoint, Future[None]] = {Endpoint(f"http://{name}"): Future() for name in ("first", "later")}
+    first_call, later_call = calls.values()
+    first_call.set_exception(first)
+    answer = threading.Timer(0.2, lambda: later_call.set_exception(later))
     answer.start()
-    assert broken_up(calls) == {"http://refusing": "phase 'broadcast': http://refusing answered 400: unknown tensor"}
+    cause = first if blamed == "http://first" else later
+    assert broken_up(calls) == {blamed: f"phase 'broadcast': {cause}"}
     answer.join()
 
 
