@@ -9,7 +9,7 @@ does, checks included.
 
 Beside each transport stands the raw operation of the same bytes in pieces of the bucket's size, in the same run: a copy in
 memory (tensor), a broadcast over gloo to another process (distributed; NCCL is not measured here), writing a file (disk).
-Times are medians.
+Times are medians. Every process of the policy's side computes in one thread, as torchrun's ranks do.
 """
 
 import argparse
@@ -84,6 +84,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the disk transport writes; default: a temporary one")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     parallel = parallel_of_torchrun()
     with ExitStack() as stack:
         folder = parallel.from_rank_0(
@@ -98,7 +99,6 @@ def parallel_of_torchrun() -> ParallelState:
     if "RANK" not in os.environ:
         return ParallelState(0, 1, 0, 1, 0, 1, 0, 1, None, None, None, None)
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
     rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     return ParallelState(rank, size, rank, size, 0, 1, 0, 1, group, None, None, group)
 
