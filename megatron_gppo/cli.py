@@ -13,7 +13,6 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_gppo.config import load_config
-from megatron_gppo.errors import REPORTED, exit_status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "data":
             return _preview(options)
         return _evaluate(options)
-    except REPORTED as error:
+    except Exception as error:
+        from megatron_gppo.errors import REPORTED, exit_status  # their imports take longer than all others here
+
+        if not isinstance(error, REPORTED):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
     except KeyboardInterrupt:

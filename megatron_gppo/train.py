@@ -303,5 +303,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if ended_by is None else 128 + ended_by
 
 
-if __name__ == "__main__":  # the guard matters: checkpoints are written by processes that import this module
+if __name__ == "__main__":
     sys.exit(main())

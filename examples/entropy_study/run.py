@@ -28,6 +28,7 @@ from megatron_gppo.rollout.server import ManagedServer
 
 CONFIG = Path("examples/entropy_study/config.yaml")
 FOLDER = Path("runs/entropy_study")
+PROMPTS_PER_STEP = {False: 128, True: 32}  # by --quick
 VARIANTS = {
     "GRPO": ["algorithm.preset=grpo"],
     "DAPO": ["algorithm.preset=dapo"],
@@ -54,7 +55,7 @@ class StudyRun:
         return (self.folder / "checkpoints" / f"step_{self.steps:08d}").exists()
 
 
-def study(folder: Path, *, steps: int, seeds: int, lanes: int) -> None:
+def study(folder: Path, *, steps: int, prompts_per_step: int, seeds: int, lanes: int) -> None:
     """Trains what is not trained yet, and writes the report. Raises ConfigError, PhaseError, EngineError."""
     model, checkpoint = folder / "model", folder / "megatron"
     settings = [
@@ -62,6 +63,7 @@ def study(folder: Path, *, steps: int, seeds: int, lanes: int) -> None:
         f"model.checkpoint={checkpoint}",
         f"data.train={folder / 'data' / 'train.jsonl'}",
         f"train.steps={steps}",
+        f"rollout.prompts_per_step={prompts_per_step}",
     ]
     config = load_config(CONFIG, [*settings, f"run.dir={folder}"])
     phases = Phases(folder, {"steps": steps}, console)
@@ -156,7 +158,7 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(prog="python -m examples.entropy_study.run", description="Run the entropy study.")
     parser.add_argument("--dir", type=Path, default=FOLDER, help="folder of the study (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="3 steps and one seed, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="3 short steps and one seed, to see that everything works")
     parser.add_argument("--steps", type=int, default=40, help="steps of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (%(default)s)")
     parser.add_argument(
@@ -170,7 +172,8 @@ def main() -> int:
     if arguments.quick:
         folder, steps, seeds = folder.with_name(f"{folder.name}_quick"), 3, 1
     try:
-        study(folder, steps=steps, seeds=seeds, lanes=arguments.lanes)
+        prompts = PROMPTS_PER_STEP[arguments.quick]
+        study(folder, steps=steps, prompts_per_step=prompts, seeds=seeds, lanes=arguments.lanes)
     except (ConfigError, PhaseError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
