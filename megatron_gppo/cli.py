@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_gppo.config import load_config
+from megatron_gppo.rollout.placement import ranks_that_fit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Starts torchrun on this node; takes what megatron_gppo.train does.",
     )
     train.add_argument(
-        "--nproc-per-node", type=int, metavar="N", help="ranks; default: the GPUs, or tp * pp without any"
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="ranks; default: the GPUs that engines leave, or one copy of the model",
     )
     evaluate = commands.add_parser(
         "eval",
@@ -50,8 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (train, evaluate, preview):
         command.add_argument("--config", required=True, metavar="FILE", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the file")
-    train.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check configuration and layout, print the plan, and stop"
+    )
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if (here := str(Path.cwd())) not in sys.path:  # as torchrun has it: a reward function may be in a file here
+        sys.path.insert(0, here)
     try:
         if list(arguments[:2]) == ["eval", "compare"]:
             return _compare(arguments[2:])
@@ -79,8 +87,8 @@ def _count(text: str) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    layout = load_config(options.config, options.overrides).parallel
-    ranks = options.nproc_per_node or torch.cuda.device_count() or layout.tp * layout.pp
+    config = load_config(options.config, options.overrides)
+    ranks = options.nproc_per_node or ranks_that_fit(config, torch.cuda.device_count())
     arguments = ["--config", options.config, *options.overrides]
     if options.dry_run:
         from megatron_gppo import train

@@ -116,7 +116,7 @@ def prepare_run_folder(config: Config, architecture: Architecture) -> None:
         raise ConfigError(f"run.dir = {folder} holds {found.name}. Fix: another run.dir, or run.resume: auto to go on")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
+        (folder / "config.yaml").write_text(dump_config(_without_key(config)))
     except OSError as error:
         raise ConfigError(f"run.dir = {folder}: {error.strerror}. Fix: give a folder that can be written") from error
     if found is not None:
@@ -126,6 +126,12 @@ def prepare_run_folder(config: Config, architecture: Architecture) -> None:
             checkpoint.check_model(config.model.checkpoint, architecture)
         elif not (folder / CONVERTED).exists():
             convert_hf_to_megatron(config.model.hf_path, folder / CONVERTED)
+
+
+def _without_key(config: Config) -> Config:
+    """For a file that others may read."""
+    hidden = "(not written here)" if config.rollout.api_key is not None else None
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"api_key": hidden})})
 
 
 def build_policy(

@@ -258,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns its exit status: 0 done, 1 failed, 2 a mistake in the configuration, 128 + a signal."""
     parser = argparse.ArgumentParser(prog="megatron_gppo.train", description="Train with CE-GPPO.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; see the README for its fields")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check configuration and layout, print the plan, and stop"
+    )
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for so many ranks")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the file")
     options = parser.parse_intermixed_args(arguments)

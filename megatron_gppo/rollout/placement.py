@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_gppo.config import ConfigError, EngineConfig, RolloutConfig, ServerArgs
+from megatron_gppo.config import Config, ConfigError, EngineConfig, RolloutConfig, ServerArgs
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """This machine among those that torchrun started; without torchrun, the only one."""
+    """This machine among those that torchrun started; without torchrun the only one, where no policy is."""
 
     index: int
     count: int
@@ -19,8 +19,9 @@ class Node:
 
     @classmethod
     def here(cls) -> "Node":
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return cls(int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("WORLD_SIZE", ranks)) // ranks, ranks)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+        count = int(os.environ["WORLD_SIZE"]) // ranks if ranks else 1
+        return cls(int(os.environ.get("GROUP_RANK", 0)), count, ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,16 @@ def engine_places(rollout: RolloutConfig, here: Node) -> list[EnginePlace]:
                 rollout, entry, here, node, len(places), [place for place in places if place.node == node]
             )
     return places
+
+
+def ranks_that_fit(config: Config, gpus: int) -> int:
+    """As many ranks of the policy as the only node has room for beside its engines: whole data-parallel copies, one at least."""
+    rollout = config.rollout
+    taken = 0
+    if rollout.mode == "managed" and rollout.placement == "disaggregated":
+        taken = sum(entry.count * (entry.tp or rollout.engine_tp) for entry in rollout.engines or [EngineConfig()])
+    copy = config.parallel.tp * config.parallel.pp * config.parallel.cp
+    return max(1, (gpus - taken) // copy) * copy
 
 
 def _on_node(

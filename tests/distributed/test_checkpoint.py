@@ -3,7 +3,9 @@
 import json
 import resource
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -207,6 +209,22 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(hf_folder: Path, tmp_path: P
     for message in run_ranks(2, save_to_a_full_disk, hf_folder, tmp_path / "checkpoints"):
         assert "step_00000001: could not be written" in message
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def save_as_a_program(rank: int, hf_folder: Path, folder: Path) -> bool:
+    """Whether a process that the save starts imports the program that saves."""
+    imported, program = folder / "imported", ModuleType("__main__")
+    program.__file__ = str(folder / "program.py")
+    Path(program.__file__).write_text(f"import pathlib\npathlib.Path({str(imported)!r}).touch()\n")
+    sys.modules["__main__"] = program
+    policy = build_policy(make_config(hf_folder, LAYOUTS["dp2"]))
+    checkpoint.save(folder / checkpoint.folder_name(1), policy, PROGRESS, hf_folder)
+    assert sys.modules["__main__"] is program
+    return imported.exists()
+
+
+def test_saving_starts_no_second_trainer(hf_folder: Path, tmp_path: Path) -> None:
+    assert run_ranks(2, save_as_a_program, hf_folder, tmp_path) == [False, False]
 
 
 def test_only_complete_checkpoints_are_found_and_old_ones_go(tmp_path: Path) -> None:

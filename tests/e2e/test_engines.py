@@ -77,6 +77,7 @@ def test_engines_on_two_nodes_that_hang_and_die_in_a_rollout(tiny_model: Path, t
         reader.join()
     assert wait_gone(sorted(started), 30) == []
 
+    assert KEY not in (tmp_path / "run" / "config.yaml").read_text()
     logged = scalars(tmp_path / "run")
     assert sum(logged["rollout/lost_engines"]) == 3
     assert 1 <= sum(logged["rollout/restarted_engines"]) <= 3

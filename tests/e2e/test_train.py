@@ -37,11 +37,10 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
         (2, ["parallel.pp=2", "parallel.vpp=2"]),
-        (2, ["rollout.router=true", "rollout.placement=colocated", "sync.transport=tensor"]),
         (2, ["parallel.cp=2", "train.recompute=full"]),
         (4, ["parallel.tp=2", "parallel.pp=2"]),
     ],
-    ids=["tp2", "pp2", "dp2_router_colocated", "cp2_recompute", "tp2_pp2"],
+    ids=["tp2", "pp2", "cp2_recompute", "tp2_pp2"],
 )
 def test_trains_and_gives_the_engine_the_new_weights(
     engine_url: str, tiny_model: Path, recording: Path, tmp_path: Path, ranks: int, layout: list[str]
@@ -57,6 +56,24 @@ def test_trains_and_gives_the_engine_the_new_weights(
     new, old = hf_logprobs(tmp_path / "exported"), hf_logprobs(tiny_model)
     torch.testing.assert_close(engine.prompt_logprobs(PROBE), new, rtol=0, atol=2e-5)
     assert (new - old).abs().max() > 1e-2, "the weights have hardly moved"
+
+
+def test_the_router_before_engines_of_both_kinds_that_are_asked_for_more_than_is_needed(
+    engine_url: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    asked = {"dynamic_sampling": True, "oversample": 2.0, "concurrency": 6}  # groups that wait are cut off for certain
+    engines = {"urls": [engine_url], "engines": [{"count": 1}], "router": True, "placement": "colocated"}
+    config = write_config(tmp_path, tiny_model, rollout={**asked, **engines}, sync={"transport": "tensor"})
+    output = train(config, 2)
+    check_learned(output, tmp_path / "run")
+    assert "lost sglang-router" not in output
+
+    logged = scalars(tmp_path / "run")
+    assert logged["rollout/groups"] == [8, 8]
+    assert logged["rollout/serving_engines"] == [2, 2]
+    assert min(logged["rollout/aborted_groups"]) > 0
+    assert max(logged["rollout/lost_engines"]) == max(logged["rollout/degenerate_groups"]) == 0
+    assert WeightEndpoint(engine_url, None, 60).weight_version() == "2"
 
 
 def test_resumed_equals_uninterrupted(recording: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gppo.config import ConfigError, RolloutConfig
+from megatron_gppo.config import ConfigError, ParallelConfig, RolloutConfig
 from megatron_gppo.rollout import cpu_engine
-from megatron_gppo.rollout.placement import EnginePlace, Node, engine_places
+from megatron_gppo.rollout.placement import EnginePlace, Node, engine_places, ranks_that_fit
 from megatron_gppo.rollout.server import ManagedServer, server_command, server_environment
 from tests.support.rollout import make_config
 
@@ -129,10 +129,33 @@ def test_cores_that_are_not_ours(tmp_path: Path) -> None:
 def test_this_node_as_torchrun_describes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert Node.here() == Node(0, 1, 1)
+    assert Node.here() == Node(0, 1, 0)
     for name, value in (("LOCAL_WORLD_SIZE", "8"), ("GROUP_RANK", "2"), ("WORLD_SIZE", "32")):
         monkeypatch.setenv(name, value)
     assert Node.here() == Node(2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "parallel", "rollout", "ranks"),
+    [
+        (8, {}, {}, 7),
+        (8, {"tp": 2}, {"engine_tp": 2}, 6),
+        (8, {"tp": 4}, {"engines": [{"count": 2}, {"gpus": [7]}]}, 4),
+        (8, {"tp": 2}, {"placement": "colocated"}, 8),
+        (8, {"cp": 2}, {"mode": "external", "urls": ["http://h:1"]}, 8),
+        (1, {}, {}, 1),  # too few; that is said later
+        (0, {"tp": 2, "cp": 2}, {}, 4),
+    ],
+)
+def test_ranks_beside_the_engines(gpus: int, parallel: dict[str, int], rollout: dict[str, Any], ranks: int) -> None:
+    config = make_config(Path("m"), Path("r"), **rollout)
+    config = config.model_copy(update={"parallel": ParallelConfig(**parallel)})
+    assert ranks_that_fit(config, gpus) == ranks
+
+
+def test_an_evaluation_leaves_no_gpu_to_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda(monkeypatch, 1)
+    assert [of.gpus for of in places(ranks=0)] == [[0]]
 
 
 def test_defaults_are_one_managed_engine() -> None:
