@@ -61,10 +61,10 @@ class Run:
             self.parallel.from_rank_0(lambda: action(self.engines) if self.engines is not None else None)
 
     def cancel(self) -> None:
-        """Ends generation, now and later, soon. Safe to call from a signal handler."""
-        for generating in (self.rollouts, self.evaluations):
-            if generating is not None:
-                generating.cancel()
+        """Ends generation, and waiting for engines, now and later, soon. Safe to call from a signal handler."""
+        for waiting in (self.rollouts, self.evaluations, self.engines):
+            if waiting is not None:
+                waiting.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ def connect(
 
     engines = services.engines if services is not None else None
     parallel.from_rank_0(lambda: engines.wait_ready() if engines is not None else None)
-    sync = WeightSync(config, policy.architecture, parallel, engines)
+    sync = WeightSync(config, policy.architecture, parallel, engines, lambda: watchdog.progress("sync"))
     stack.callback(sync.close)
     watchdog.enter("sync", "the first")
     untouched = config.rollout.mode == "managed" and config.model.checkpoint is None and progress.step == 0

@@ -198,7 +198,8 @@ def saved_if_engines_fail(run: Run, progress: Progress) -> Iterator[None]:
     """Saves what is done before such a failure, which all ranks see at the same point, ends the run."""
     try:
         yield
-    except (EngineError, EvaluationError, RolloutError, RewardError, WeightSyncError, PeerFailed) as error:
+    # OSError: a rollout that could not be recorded, a reward worker that could not be started.
+    except (EngineError, EvaluationError, RolloutError, RewardError, WeightSyncError, PeerFailed, OSError) as error:
         run.watchdog.enter("checkpoint", f"after {error}")
         save(run, progress)
         raise

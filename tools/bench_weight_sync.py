@@ -62,7 +62,7 @@ class OneEngine:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def to_sync(self) -> list[str]:
+    def to_sync(self, on_progress: Callable[[], None]) -> list[str]:
         return [self.url]
 
     def gpus(self, url: str) -> list[int]:

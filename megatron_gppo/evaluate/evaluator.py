@@ -1,6 +1,7 @@
 """Generation and judging of all benchmarks on some engines, at once: their long tails overlap."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,8 @@ class Evaluator:
         """Makes run(), now or later, raise RolloutCancelled soon. Safe to call from a signal handler."""
         self._cancelled = True
         if (task := self._task) is not None:
-            task.get_loop().call_soon_threadsafe(task.cancel)
+            with contextlib.suppress(RuntimeError):  # its loop, in another thread, has just closed
+                task.get_loop().call_soon_threadsafe(task.cancel)
 
     async def _cancellable(
         self, records: Records, policy_version: int | None, on_progress: Progress

@@ -65,6 +65,7 @@ class EnginePool:
         self._quiet_since = -math.inf
         self._lock = threading.RLock()
         self._closing = threading.Event()
+        self._cancelled = False
         self._may_start = threading.Event()  # not while the policy has the GPUs to itself
         self._may_start.set()
         self._router: Router | None = None
@@ -118,16 +119,28 @@ class EnginePool:
 
     # What a weight sync needs.
 
-    def to_sync(self) -> list[str]:
-        """URLs of all engines that are up. Waits only if none is, but one is being started; raises EngineError if none is either."""
+    def to_sync(self, on_progress: Callable[[], None] = lambda: None) -> list[str]:
+        """URLs of all engines that are up. Waits only if none is, but one is being started; raises EngineError if none is either.
+
+        Calls on_progress with every attempt to start one: their number is limited. Empty after cancel(), where it would wait.
+        """
+        starts = self._starts()
         while True:
             self._find_ended()
             if urls := [engine.url for engine in self._engines("serving", "waiting")]:
                 self._quiet_since = math.inf
                 return urls
+            if self._cancelled:
+                return []
             self.prospect()
             self._may_start.set()  # colocated: the policy has done its training
+            if starts != (starts := self._starts()):
+                on_progress()
             time.sleep(POLL_S)
+
+    def cancel(self) -> None:
+        """Has to_sync, now and later, not wait. Safe to call from a signal handler."""
+        self._cancelled = True
 
     def gpus(self, url: str) -> list[int]:
         """Which GPUs of its node the engine was shown; empty for all."""
@@ -191,6 +204,10 @@ class EnginePool:
             self._router.close()
         for thread in [*closers, *(member.thread for member in self._members if member.thread is not None)]:
             thread.join(THREAD_TIMEOUT_S)
+
+    def _starts(self) -> int:
+        with self._lock:
+            return sum(member.restarts for member in self._members)
 
     def _engines(self, *states: str) -> list[Engine]:
         with self._lock:

@@ -160,6 +160,10 @@ def wait_healthy(url: str, api_key: str | None, timeout_s: float, server: Manage
         if server is not None and not server.alive():
             raise EngineError(f"the SGLang server at {url} ended while starting")
         try:
+            if server is None:
+                # A trainer that was killed in the middle of a sync left it paused: it would never be healthy.
+                with contextlib.suppress(HttpCallError):
+                    call(url, "/continue_generation", api_key, {}, timeout_s=HEALTH_TIMEOUT_S)
             call(url, "/health", api_key, timeout_s=HEALTH_TIMEOUT_S)
             return
         except ValueError as error:

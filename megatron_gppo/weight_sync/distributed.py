@@ -73,18 +73,21 @@ class DistributedTransport:
     def wait(self, fleet: Fleet, phases: Phases) -> None:
         if self._sending is None:
             return
-        sending, calls = self._sending, self._receiving
-        self._sending = None
         with phases("send"):
-            self._watch(
-                fleet,
-                f"broadcast {self._phase}",
-                calls,
-                done=lambda: sending.done() and (sending.exception() is not None or sending.result().is_completed()),
-                result=lambda: sending.result().wait(),
-            )
+            self._watch(fleet, f"broadcast {self._phase}", self._receiving, self._is_sent, self._sent)
+        self._sending = None
         with phases("load"):
-            self._finish(fleet, f"load {self._phase}", calls)
+            self._finish(fleet, f"load {self._phase}", self._receiving)
+
+    def _is_sent(self) -> bool:
+        assert self._sending is not None
+        if not self._sending.done():
+            return False
+        return self._sending.exception() is not None or self._sending.result().is_completed()
+
+    def _sent(self) -> None:
+        assert self._sending is not None
+        self._sending.result().wait()
 
     def close(self) -> None:
         if self._group is None:
@@ -130,32 +133,39 @@ class DistributedTransport:
         deadline = time.monotonic() + self._timeout_s
         while not done():
             if any(_has_failed(call) for call in calls.values()):
-                self._break_up(fleet, phase, calls, "")
+                self._break_up(fleet, phase, calls)
             if time.monotonic() > deadline:
                 self._break_up(fleet, phase, calls, f"not done after {self._timeout_s:g} s")
             time.sleep(POLL_S)
         try:
             return result()
         except Exception as error:
-            wait(calls.values(), timeout=GRACE_S, return_when=FIRST_EXCEPTION)
-            self._break_up(fleet, phase, calls, str(error))
+            cause = str(error)
+        # Not in the except clause, where the error's traceback would keep the operation: see _end_group.
+        wait(calls.values(), timeout=GRACE_S, return_when=FIRST_EXCEPTION)
+        self._break_up(fleet, phase, calls, cause)
 
     def _finish(self, fleet: Fleet, phase: str, calls: Calls[None]) -> None:
         """Waits for all calls, which end by their own limits, or the first failure."""
         wait(calls.values(), return_when=FIRST_EXCEPTION)
         if any(_has_failed(call) for call in calls.values()):
-            self._break_up(fleet, phase, calls, "")
+            self._break_up(fleet, phase, calls, all_sent=True)
 
-    def _break_up(self, fleet: Fleet, phase: str, calls: Calls[None], cause: str) -> NoReturn:
+    def _break_up(
+        self, fleet: Fleet, phase: str, calls: Calls[None], cause: str = "", *, all_sent: bool = False
+    ) -> NoReturn:
         """Ends the group, and finds out who is to blame: the engines that do not even answer that it has ended. Failing that,
         those that had answered with an error before. Failing that, all.
 
-        In this order, because a dying engine breaks the others' connections before its own to us: they answer first.
+        In this order, because a dying engine breaks the others' connections before its own to us: they answer first. When
+        `all_sent`, who has not answered yet may be at work on what it has: that is no fault.
         """
         failed_before = [endpoint for endpoint, call in calls.items() if _has_failed(call)]
         self._end_group()
         wait(calls.values(), timeout=GRACE_S)
-        gone = [endpoint for endpoint, call in calls.items() if not call.done() or _has_no_answer(call)]
+        gone = [endpoint for endpoint, call in calls.items() if call.done() and _has_no_answer(call)]
+        if not all_sent:
+            gone += [endpoint for endpoint, call in calls.items() if not call.done()]
         for endpoint in gone or failed_before or calls:
             call = calls[endpoint]
             if not call.done():
@@ -167,10 +177,14 @@ class DistributedTransport:
         raise SendAgainError
 
     def _end_group(self) -> None:
-        """On this side: an engine may still be waiting for a broadcast."""
+        """On this side: an engine may still be waiting for a broadcast, and gets an error now.
+
+        gloo's connections stay open as long as an operation is referenced, whatever abort() does, so nobody but
+        self._sending may hold one here. The store's end is that of every wait for the group to be formed: the engines' and
+        our thread's.
+        """
         if self._group is not None:
             self._group.abort()
-        # The store's end is that of every wait for the group to be formed: the engines' and our thread's.
         self._group = self._store = self._sending = None
         self._members = ()
 

@@ -22,10 +22,11 @@ class EnginesGoneError(WeightSyncError):
 class SyncedEngines(Protocol):
     """Who runs the engines, as weight sync sees them. Rank 0 only; no other method than to_sync may block for long."""
 
-    def to_sync(self) -> list[str]:
+    def to_sync(self, on_progress: Callable[[], None]) -> list[str]:
         """URLs of all engines that are up, those included that wait for weights before they may serve.
 
-        Waits where none is up but one is coming up, and raises where none is either.
+        Waits where none is up but one is coming up, calling on_progress with every attempt. Raises where none is
+        either. Empty when the run is asked to end meanwhile.
         """
 
     def gpus(self, url: str) -> Sequence[int]:

@@ -36,10 +36,11 @@ def push(
     """
     with phases("prepare"):
         processes = fleet.on_all("read the engine's layout", WeightEndpoint.process)
-        transport.prepare(fleet, processes, device)
         fleet.on_all("pause", lambda endpoint: endpoint.pause(pause))
         if transport.in_session:
             fleet.on_all("begin", WeightEndpoint.begin_update)
+        # Last: a member that is lost afterwards, before the first bucket, would be missed in a broadcast by all others.
+        transport.prepare(fleet, processes, device)
         sample.begin()
     num_sent = 0
     for number in range(1, num_buckets + 1):

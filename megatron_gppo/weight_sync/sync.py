@@ -1,9 +1,11 @@
 """Weight sync as the training loop sees it: one object, called by every rank in lockstep."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -26,6 +28,7 @@ from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_gppo.weight_sync.transport import SendAgainError, Transport
 from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs, unlike
 
+T = TypeVar("T")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DISK_FOLDER = "weights"  # in run.dir
 # Mean absolute difference of the probe's log-probs, in nats.
@@ -34,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 @dataclass(frozen=True, slots=True)
 class SyncStats:
-    """What one sync took. Equal on every rank."""
+    """What one sync took. Equal on every rank. All 0 where the run was asked to end while it waited for an engine."""
 
     seconds: float
     num_bytes: int  # sent to each engine
@@ -49,13 +52,19 @@ class WeightSync:
     WeightSyncError on rank 0 and as PeerFailed on the others. After an error nothing but close() may be called.
 
     `engines`, on rank 0 only, says at every sync which engines there are, and hears which of them hold the new weights and
-    which failed. One that fails is no error as long as another is left. When the last one ends or hangs in a sync that is not
-    the first, the sync waits for one that comes back (SyncedEngines.to_sync). Where `shards` appears, it is this rank's
-    parameters by canonical name (convert.canonical_name).
+    which failed. One that fails is no error as long as another is left. When the last one ends or hangs, a sync waits for one
+    that comes back (SyncedEngines.to_sync), and a probe says nothing; but not at the start, which ends with the first
+    probe. Where `shards` appears, it is this rank's parameters by canonical name (convert.canonical_name). `on_progress` is
+    called on rank 0 while a sync waits.
     """
 
     def __init__(
-        self, config: Config, architecture: Architecture, parallel: ParallelState, engines: SyncedEngines | None
+        self,
+        config: Config,
+        architecture: Architecture,
+        parallel: ParallelState,
+        engines: SyncedEngines | None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         assert (engines is None) == (parallel.rank != 0)
         self._config = config.sync
@@ -67,6 +76,7 @@ class WeightSync:
         self._dtype = torch.float32 if both_fp32 else torch.bfloat16
         self._tolerance = config.sync.verify_tolerance or TOLERANCE[self._dtype]
         self._engines = engines
+        self._on_progress = on_progress
         self._transport = _make_transport(config, parallel)
         self._exporter: Exporter | None = None
         self._sample: RollingSample | None = None
@@ -82,6 +92,8 @@ class WeightSync:
         start = time.perf_counter()
         phases = self._send(shards, version)
         self._syncs += 1
+        if not phases:
+            return SyncStats(0.0, 0, 0, {})
         if self._config.verify_all_every is not None and self._syncs % self._config.verify_all_every == 0:
             self._verify_all(shards, version)
         assert self._exporter is not None
@@ -100,23 +112,22 @@ class WeightSync:
         else:
             self._send(shards, version)
         self._verify_all(shards, version)
-        self._started = True
 
     def verify_probe(self, token_ids: Sequence[int], logprobs: Tensor) -> float:
         """Compares the engines' log-probs of token_ids[1:] with the policy's.
 
         `logprobs` [L-1], needed on rank 0, are the policy's at temperature 1: engines do not scale a prompt's log-probs by
-        the sampling temperature. Returns the largest mean absolute difference of an engine, in nats; raises above
-        sync.verify_tolerance.
+        the sampling temperature. Returns the largest mean absolute difference of an engine, in nats, NaN when none is left;
+        raises above sync.verify_tolerance.
         """
 
         def compare() -> float:
-            with self._fleet(self._synced) as fleet:
-                by_engine = fleet.on_all("probe", lambda endpoint: endpoint.prompt_logprobs(token_ids))
-            return max(
-                compare_logprobs(endpoint.url, engine, logprobs.cpu(), self._tolerance)
-                for endpoint, engine in by_engine.items()
-            )
+            by_url = self._ask(self._synced, "probe", lambda endpoint: endpoint.prompt_logprobs(token_ids))
+            differences = [
+                compare_logprobs(url, engine, logprobs.cpu(), self._tolerance) for url, engine in by_url.items()
+            ]
+            self._started = True
+            return max(differences, default=math.nan)
 
         return self._parallel.from_rank_0(compare)
 
@@ -128,9 +139,8 @@ class WeightSync:
 
         def compare() -> float | None:
             head = token_ids[: len(chosen)]
-            with self._fleet(self._synced) as fleet:
-                by_engine = fleet.on_all("routing", lambda endpoint: endpoint.chosen_experts(head, chosen.shape[1]))
-            differences = [unlike(chosen[: len(engine)], engine) for engine in by_engine.values() if engine is not None]
+            by_url = self._ask(self._synced, "routing", lambda endpoint: endpoint.chosen_experts(head, chosen.shape[1]))
+            differences = [unlike(chosen[: len(engine)], engine) for engine in by_url.values() if engine is not None]
             return max(differences, default=None)
 
         return self._parallel.from_rank_0(compare)
@@ -143,7 +153,7 @@ class WeightSync:
     def _send(self, shards: Mapping[str, Tensor], version: int) -> dict[str, float]:
         """One push, and more of them as long as an engine that fails takes the others' connections with it, or was the last.
 
-        Returns the seconds of the last one, by phase.
+        Returns the seconds of the last one, by phase; nothing when the run was asked to end while it waited for an engine.
         """
         if self._exporter is None:
             bucket_bytes = self._config.bucket_mb * 2**20
@@ -162,6 +172,9 @@ class WeightSync:
             return [url for url in up if url not in failed] or up
 
         urls = self._parallel.from_rank_0(urls_to_sync)
+        if not urls:
+            self._synced = []
+            return {}
         phases = Phases()
         buckets = self._buckets(shards, urls, phases)
         if self._parallel.rank != 0:
@@ -199,7 +212,7 @@ class WeightSync:
         except SendAgainError:
             return None
         except EnginesGoneError:
-            if not self._started:  # nothing is forgiven: more likely they cannot work here
+            if not self._started:
                 raise
             return None
         finally:
@@ -214,23 +227,36 @@ class WeightSync:
         before: dict[str, Checksums] = {}
 
         def reset() -> None:
-            with self._fleet(self._synced) as fleet:
-                # Until the push ends: no request may see what comes now.
-                fleet.on_all("pause", lambda endpoint: endpoint.pause(self._config.pause))
-                held = fleet.on_all("verify", WeightEndpoint.checksums)
-                fleet.on_all("reset weights", WeightEndpoint.reset_tensors)
-                for endpoint, after in fleet.on_all("verify", WeightEndpoint.checksums).items():
-                    before[endpoint.url] = held[endpoint]
-                    check_reset(endpoint.url, held[endpoint], after)
+            # Until the push ends: no request may see what comes now.
+            self._ask(self._synced, "pause", lambda endpoint: endpoint.pause(self._config.pause))
+            held = self._ask(self._synced, "verify", WeightEndpoint.checksums)
+            self._ask(self._synced, "reset weights", WeightEndpoint.reset_tensors)
+            for url, after in self._ask(self._synced, "verify", WeightEndpoint.checksums).items():
+                before[url] = held[url]
+                check_reset(url, held[url], after)
 
         def compare() -> None:
-            with self._fleet([url for url in self._synced if url in before]) as fleet:
-                for endpoint, after in fleet.on_all("verify", WeightEndpoint.checksums).items():
-                    check_restored(endpoint.url, before[endpoint.url], after)
+            urls = [url for url in self._synced if url in before]
+            for url, after in self._ask(urls, "verify", WeightEndpoint.checksums).items():
+                check_restored(url, before[url], after)
 
         self._parallel.from_rank_0(reset)
         self._send(shards, version)
         self._parallel.from_rank_0(compare)
+
+    def _ask(self, urls: Sequence[str], phase: str, call: Callable[[WeightEndpoint], T]) -> dict[str, T]:
+        """What these engines answer, by URL. Those that fail are lost; when the last one has ended or hangs, there is no answer,
+        which is an error at the start only.
+        """
+        if self._started and not urls:
+            return {}
+        try:
+            with self._fleet(urls) as fleet:
+                return {endpoint.url: answer for endpoint, answer in fleet.on_all(phase, call).items()}
+        except EnginesGoneError:
+            if not self._started:  # nothing is forgiven: more likely it cannot work here
+                raise
+            return {}
 
     def _buckets(self, shards: Mapping[str, Tensor], urls: Sequence[str], phases: Phases) -> Iterator[Bucket | None]:
         """The export, with every bucket where the transport wants it. Must be exhausted by every rank."""
@@ -242,7 +268,7 @@ class WeightSync:
 
     def _to_sync(self) -> list[str]:
         assert self._engines is not None
-        urls = self._engines.to_sync()
+        urls = self._engines.to_sync(self._on_progress)
         host = self._config.host
         for url in urls if self._config.transport == "distributed" else []:
             if host in LOOPBACK and urlsplit(url).hostname not in LOOPBACK:

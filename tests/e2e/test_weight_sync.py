@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_gppo.config import parse_config
 from megatron_gppo.convert import Architecture, parameters
 from megatron_gppo.metrics import Phases
+from megatron_gppo.rollout.hosts import ExternalHost
 from megatron_gppo.rollout.server import ManagedServer
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError, sync
 from megatron_gppo.weight_sync.bucket import Bucket
@@ -259,10 +260,12 @@ def test_a_tensor_of_a_wrong_shape(engine: WeightEndpoint, tiny_model: Path) -> 
 
 
 def test_a_session_that_a_killed_trainer_left_open(
-    weight_sync: WeightSync, engine: WeightEndpoint, new_model: Path
+    weight_sync: WeightSync, engine: WeightEndpoint, new_model: Path, tmp_path: Path
 ) -> None:
     engine.pause("abort")
     engine.begin_update()
+    host = ExternalHost(make_config(new_model, tmp_path, start_timeout_s=30).rollout, engine.url)
+    assert host.wait_ready() == engine.url
     weight_sync.sync(shards_of(new_model), 2)
     assert engine.weight_version() == "2"
     assert weight_sync.verify_probe(PROBE, hf_logprobs(new_model)) < 1e-5
@@ -345,7 +348,8 @@ def test_several_engines_and_one_that_dies(
         with pytest.raises(WeightSyncError, match=r"1 of .* model.layers.1.mlp.down_proj.weight \(tp rank 1\)"):
             weight_sync.verify_start(wrong, 0, engines_hold_policy=True)
 
-        engines.urls.append(engine.url)  # one TP rank after two; the group is made anew
+        # One TP rank before two; the group is made anew. It gets its broadcasts from the trainer, and not by way of the other.
+        engines.urls.insert(0, engine.url)
         weight_sync.verify_start(shards_of(tiny_model), 0, engines_hold_policy=False)
         for version, (transport, model) in enumerate(
             zip(TRANSPORTS, [new_model, tiny_model, new_model], strict=True), 1

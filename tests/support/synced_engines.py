@@ -1,6 +1,6 @@
 """Engines at given URLs, as weight sync sees them, and what it says about them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class GivenEngines:
@@ -10,7 +10,7 @@ class GivenEngines:
         self.failures: dict[str, str] = {}
         self.coming_up: str | None = None  # the only one that is up when another was lost
 
-    def to_sync(self) -> list[str]:
+    def to_sync(self, on_progress: Callable[[], None]) -> list[str]:
         return list(self.urls)
 
     def gpus(self, url: str) -> list[int]:

@@ -175,6 +175,25 @@ def test_to_sync_waits_for_the_only_engine() -> None:
         assert pool.prospect() == "needs weights"
 
 
+def test_to_sync_reports_every_attempt_and_does_not_wait_when_the_run_is_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(pool_module, "POLL_S", 0.01)
+    host = FakeHost("a", failing={2, 3, 4, 5})
+    with serving_pool(host) as pool:
+        attempts: list[int] = []
+
+        def on_progress() -> None:
+            attempts.append(host.starts)
+            if len(attempts) == 2:
+                pool.cancel()
+
+        pool.lost("http://a-1", "it died")
+        assert pool.to_sync(on_progress) == []
+        assert len(attempts) == 2
+
+
 def test_an_engine_that_does_not_come_up_at_the_start_is_an_error() -> None:
     pool = EnginePool(make_config(Path("m"), Path("r")).rollout, [FakeHost("a", failing={1})])
     with pytest.raises(EngineError, match="a: start 1 failed"):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from megatron_gppo.config import ConfigError, parse_config
 from megatron_gppo.convert.hf_checkpoint import HfCheckpoint
 from megatron_gppo.metrics import Phases
-from megatron_gppo.weight_sync import WeightSyncError
+from megatron_gppo.weight_sync import WeightSyncError, distributed
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.disk import DiskTransport
 from megatron_gppo.weight_sync.distributed import DistributedTransport
@@ -35,6 +35,7 @@ from tests.support.policy_shards import SINGLE
 from tests.support.tiny import make_tiny_model
 
 CPU = torch.device("cpu")
+NUM_BYTES = 38  # of make_buckets()
 
 
 class Endpoint(WeightEndpoint):
@@ -119,6 +120,17 @@ def test_who_is_to_blame_for_a_broken_group(first: WeightSyncError, later: Weigh
     answer.join()
 
 
+def test_who_is_at_work_on_a_bucket_that_another_refuses_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "GRACE_S", 0.2)
+    calls: dict[WeightEndpoint, Future[None]] = {Endpoint(f"http://{name}"): Future() for name in ("refusing", "slow")}
+    refusing, _ = calls.values()
+    refusing.set_exception(WeightSyncError("http://refusing answered 400: unknown tensor"))
+    fleet = Fleet(list(calls))
+    with pytest.raises(SendAgainError):
+        DistributedTransport("127.0.0.1", 1)._break_up(fleet, "load", calls, all_sent=True)
+    assert list(fleet.failed) == ["http://refusing"]
+
+
 class Talking(Endpoint):
     """An engine that holds whatever it is said to hold."""
 
@@ -137,9 +149,10 @@ class Recording:
 
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.members: list[str] = []
 
     def prepare(self, fleet: Fleet, processes: Any, device: torch.device) -> None:
-        pass
+        self.members = [endpoint.url for endpoint in fleet.endpoints]
 
     def send(self, fleet: Fleet, bucket: Bucket, phase: str, version: str | None) -> None:
         self.events.append(f"send {''.join(bucket.names)}")
@@ -148,7 +161,12 @@ class Recording:
         self.events.append("wait")
 
 
-def push_recorded(num_bytes: int) -> list[str]:
+class Unpausable(Talking):
+    def pause(self, mode: str) -> None:
+        raise NoAnswerError(f"{self.url} died")
+
+
+def push_recorded(num_bytes: int, *engines: WeightEndpoint) -> Recording:
     transport, buckets = Recording(), make_buckets()
 
     def exported() -> Iterator[Bucket]:
@@ -157,7 +175,7 @@ def push_recorded(num_bytes: int) -> list[str]:
             yield bucket
 
     push(
-        Fleet([Talking("http://e")]),
+        Fleet(engines or [Talking("http://e")]),
         transport,
         exported(),
         len(buckets),
@@ -168,12 +186,15 @@ def push_recorded(num_bytes: int) -> list[str]:
         sample=RollingSample(list("abc")),
         phases=Phases(),
     )
-    return transport.events
+    return transport
 
 
 def test_the_next_bucket_is_exported_while_one_is_sent() -> None:
-    num_bytes = sum(bucket.data.nbytes for bucket in make_buckets())
-    assert push_recorded(num_bytes) == ["export ab", "wait", "send ab", "export c", "wait", "send c", "wait"]
+    assert push_recorded(NUM_BYTES).events == ["export ab", "wait", "send ab", "export c", "wait", "send c", "wait"]
+
+
+def test_an_engine_lost_before_the_first_bucket_is_no_member_of_what_sends_it() -> None:
+    assert push_recorded(NUM_BYTES, Unpausable("http://dying"), Talking("http://e")).members == ["http://e"]
 
 
 def test_bytes_that_are_missing_are_found() -> None:

@@ -5,6 +5,7 @@ That weights really arrive in SGLang is shown in tests/e2e/test_weight_sync.py.
 
 import itertools
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from megatron_gppo.config import ConfigError, parse_config
 from megatron_gppo.convert import Architecture, Parameter, parameters
-from megatron_gppo.weight_sync import WeightSync, WeightSyncError
+from megatron_gppo.weight_sync import WeightSync, WeightSyncError, sync
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.distributed import DistributedTransport
 from megatron_gppo.weight_sync.endpoint import EngineTensor, WeightEndpoint
@@ -158,6 +159,35 @@ def test_loopback_cannot_be_reached_from_another_machine(tmp_path: Path) -> None
         ConfigError, match=r"sync.host = 127.0.0.1 cannot be reached from .*10.0.0.5.* Fix: set sync.host"
     ):
         WeightSync(config, ARCHITECTURE, SINGLE, GivenEngines("http://10.0.0.5:30000")).sync(make_model()[1], 1)
+
+
+def test_a_probe_without_an_engine_is_an_error_at_the_start_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = "http://127.0.0.1:9"  # the discard port: nobody listens
+    config = parse_config(
+        {
+            "model": {"hf_path": str(tmp_path)},
+            "run": {"dir": str(tmp_path)},
+            "data": {"train": "unused"},
+            "algorithm": {"preset": "paper"},
+        }
+    )
+    engines = GivenEngines(nobody)
+    weight_sync = WeightSync(config, ARCHITECTURE, SINGLE, engines)
+    monkeypatch.setattr(sync, "push", lambda *arguments, **settings: None)
+
+    def probe() -> float:
+        weight_sync.sync(make_model()[1], 1)
+        return weight_sync.verify_probe([1, 2], torch.tensor([-1.0]))
+
+    with pytest.raises(WeightSyncError, match=r"no engine is left; phase 'probe': http://127\.0\.0\.1:9"):
+        probe()
+    with monkeypatch.context() as answered:
+        answered.setattr(WeightEndpoint, "prompt_logprobs", lambda *arguments: torch.tensor([-1.0]))
+        assert probe() == 0
+    assert math.isnan(probe())
+    assert list(engines.failures) == [nobody]
 
 
 class Peer:
