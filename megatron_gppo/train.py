@@ -88,9 +88,8 @@ def train_step(run: Run, done: Progress) -> Progress | None:
     probes = step % config.sync.verify_every == 0
     with saved_if_engines_fail(run, progress), whole_responses(run, phases, probes), phases("sync"):
         if run.sync is not None:
-            run.if_colocated(EnginePool.resume_weights)
+            run.if_colocated(EnginePool.resume_memory)
             run.sync.sync(policy.shards(), version=step)
-            run.if_colocated(EnginePool.resume_kv_cache)
             if probes:
                 routing = probe(run, run.sync, samples[0])
 

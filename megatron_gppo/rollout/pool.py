@@ -29,6 +29,7 @@ MAX_PAUSE_S = 60.0
 POLL_S = 0.5
 MEMORY_TIMEOUT_S = 300.0
 THREAD_TIMEOUT_S = 60.0
+MEMORY = ["kv_cache", "weights", "cuda_graph"]  # SGLang's tags for all that it can give back
 
 
 @dataclass(eq=False)
@@ -174,7 +175,8 @@ class EnginePool:
     # Colocated placement.
 
     def release_memory(self) -> None:
-        """Has every engine give back its GPU memory, weights and KV cache. What it was generating is aborted.
+        """Has every engine give back its GPU memory, weights and KV cache. What it was generating is aborted, and what it is
+        asked from now on waits: until a sync ends.
 
         One that is coming up at this moment takes its memory first, and is waited for; no other is started meanwhile.
         """
@@ -184,13 +186,11 @@ class EnginePool:
             time.sleep(POLL_S)
         self._on_all(self._release)
 
-    def resume_weights(self) -> None:
-        """Gives engines room for weights, whose values are undefined until the next sync."""
-        self._on_all(lambda engine, member: self._resume(engine, member, ["weights"]))
-
-    def resume_kv_cache(self) -> None:
-        """After the sync: the rest of what they need to generate."""
-        self._on_all(lambda engine, member: self._resume(engine, member, ["kv_cache", "cuda_graph"]))
+    def resume_memory(self) -> None:
+        """Gives engines their memory, with undefined weights, before the sync. All of it: what waits goes on as soon as they
+        have the weights, and needs the KV cache.
+        """
+        self._on_all(self._resume)
         self._may_start.set()
 
     def close(self) -> None:
@@ -295,8 +295,9 @@ class EnginePool:
             thread.join()
 
     def _release(self, engine: Engine, member: _Member) -> None:
-        # It must have nothing to do: SGLang takes a release while it is working for a bug of its own, and ends.
-        self._call(engine, "/abort_request", {"abort_all": True})
+        # It must have nothing to do, a health check included: SGLang takes a release while it is working for a bug of its own,
+        # and ends. A pause also keeps out what is on its way there, such as a request that was sent and cut off.
+        self._call(engine, "/pause_generation", {"mode": "abort"})
         deadline = time.monotonic() + MEMORY_TIMEOUT_S
         while True:
             try:
@@ -307,13 +308,13 @@ class EnginePool:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(POLL_S)
-        self._call(engine, "/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]})
+        self._call(engine, "/release_memory_occupation", {"tags": MEMORY})
         member.memory_released = True
 
-    def _resume(self, engine: Engine, member: _Member, tags: list[str]) -> None:
+    def _resume(self, engine: Engine, member: _Member) -> None:
         if member.memory_released:
-            self._call(engine, "/resume_memory_occupation", {"tags": tags})
-            member.memory_released = "weights" in tags
+            self._call(engine, "/resume_memory_occupation", {"tags": MEMORY})
+            member.memory_released = False
 
     def _call(self, engine: Engine, path: str, body: dict[str, Any]) -> None:
         try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_gppo.config import SamplingConfig
+from megatron_gppo.http_calls import call
 from megatron_gppo.rollout.engine import Engine
 from megatron_gppo.rollout.launch import launched_engines
 from tests.support.rollout import make_config
@@ -51,8 +52,8 @@ def test_a_colocated_engine_gives_its_memory_back(tmp_path: Path) -> None:
         busy = free_share()
         pool.release_memory()
         assert free_share() > busy + 0.3, "the KV cache, at least"
-        pool.resume_weights()
-        pool.resume_kv_cache()
+        pool.resume_memory()
+        call(engine.url, "/continue_generation", None, {}, timeout_s=60)  # as the end of a sync does
         assert free_share() < busy + 0.1
         assert asyncio.run(generate(engine)) == 4  # of undefined weights, which a sync would define
         assert pool.take_counts() == {"serving_engines": 1}

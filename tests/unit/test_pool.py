@@ -246,21 +246,17 @@ def control_server(busy_flushes: int = 0, failing: str | None = None) -> Iterato
         server.shutdown()
 
 
-def test_memory_is_released_when_idle_and_resumed_in_order() -> None:
+def test_memory_is_released_when_idle_and_resumed() -> None:
     with control_server(busy_flushes=2) as (url, calls), serving_pool(FakeHost("a", url=url)) as pool:
         pool.release_memory()
         assert calls == [
-            ("/abort_request", {"abort_all": True}),
+            ("/pause_generation", {"mode": "abort"}),
             *[("/flush_cache", {})] * 3,
             ("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]}),
         ]
         calls.clear()
-        pool.resume_weights()
-        pool.resume_kv_cache()
-        assert calls == [
-            ("/resume_memory_occupation", {"tags": ["weights"]}),
-            ("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}),
-        ]
+        pool.resume_memory()
+        assert calls == [("/resume_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]})]
         assert urls(pool) == [url]
 
 
@@ -271,12 +267,11 @@ def test_an_engine_lost_while_the_policy_trains_is_started_when_there_is_room_ag
         assert urls(pool) == [url]
         time.sleep(0.1)
         assert host.starts == 1
-        pool.resume_weights()
-        pool.resume_kv_cache()
+        pool.resume_memory()
         until(lambda: host.starts == 2)
         until(lambda: len(pool.to_sync()) == 2)
         calls.clear()
-        pool.resume_weights()
+        pool.resume_memory()
         assert not calls, "nothing is released"
 
 
@@ -307,7 +302,7 @@ def test_a_colocated_engine_that_is_the_only_one_is_started_for_the_sync() -> No
     host = FakeHost("a")
     with serving_pool(host) as pool:
         pool.release_memory()  # nobody answers
-        pool.resume_weights()
+        pool.resume_memory()
         assert host.starts == 1
         assert pool.to_sync() == ["http://a-2"]
 
