@@ -6,22 +6,22 @@ that has its final name is whole. All ranks must see the same file system.
 """
 
 import json
+import queue
 import random
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -77,7 +77,10 @@ def save(folder: Path, policy: Policy, progress: Progress, hf_path: Path) -> Non
     doing = f"{folder}: could not be written"
     try:
         _agreed(parallel, start if parallel.rank == 0 else None, doing)
-        with _failing_as(doing, parallel), _signals_held_back(), _unknown_main():
+        with _failing_as(doing, parallel), _signals_held_back():
+            # Megatron's own is in a process that it spawns for it, for saves in the background: that imports the running program,
+            # which takes 10 s here, and outlives a rank that is killed.
+            filesystem_async._results_queue = queue.Queue()
             weights = _weights(policy)
             optimizer = _optimizer_state(policy, weights)
             state = {**weights, "optimizer": optimizer, "rng": _rng_object(parallel, _get_rng_state())}
@@ -268,21 +271,6 @@ def _signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _unknown_main() -> Iterator[None]:
-    """Keeps processes that are spawned in the block from importing the program that runs here.
-
-    Megatron's first save spawns one that does no more than hold a queue. It would take 10 s to import the trainer, and more
-    at the end to be rid of it.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 @contextmanager

@@ -29,6 +29,7 @@ T = TypeVar("T")
 POLL_S = 0.0002
 # When the group breaks, a dead engine's HTTP call fails a moment later, and says more; a live one's ends, too.
 GRACE_S = 10.0
+START_S = 1.0  # for a broadcast to have been started; NCCL's first may wait for engines that have gone
 
 
 class DistributedTransport:
@@ -183,6 +184,8 @@ class DistributedTransport:
         self._sending may hold one here. The store's end is that of every wait for the group to be formed: the engines' and
         our thread's.
         """
+        if self._sending is not None:
+            wait([self._sending], timeout=START_S)  # one that started after abort() would keep them, too
         if self._group is not None:
             self._group.abort()
         self._group = self._store = self._sending = None
