@@ -17,7 +17,7 @@ from megatron_gppo.metrics import MetricsLogger
 from megatron_gppo.parallel import ParallelState
 from megatron_gppo.policy import Policy, Progress, checkpoint
 from megatron_gppo.rollout.ahead import AheadRollouts
-from megatron_gppo.rollout.generate import EngineRollouts, RolloutSource
+from megatron_gppo.rollout.generate import EngineRollouts, Judge, RolloutSource
 from megatron_gppo.rollout.launch import launched_engines, launched_node_engines
 from megatron_gppo.rollout.pieces import Staleness
 from megatron_gppo.rollout.placement import Node
@@ -194,9 +194,32 @@ def connect(
     # What the engines compute from now on is what the policy computes, whatever they had loaded before.
     token_ids = parallel.from_rank_0(lambda: services.prompts.prompts[0].token_ids if services is not None else [])
     sync.verify_probe(token_ids, policy.sequence_logprobs(token_ids))
-    if services is None or engines is None or logger is None:
+    if services is None or logger is None:
         return Run(config, parallel, policy, sync, None, None, watchdog)
+    rollouts, ahead = make_rollouts(config, services, progress, logger, watchdog, stack)
+    evaluations = None
+    if config.eval.every is not None:
+        evaluator = Evaluator(config.rollout, config.reward, services.engines, services.rewards, services.benchmarks)
+        evaluations = TrainingEvaluations(
+            config,
+            evaluator,
+            log_evaluation(logger),
+            step=progress.step,
+            on_progress=watchdog.reporting("evaluation"),
+            engines_to_itself=nullcontext if ahead is None else ahead.paused,
+        )
+    return Run(config, parallel, policy, sync, rollouts, logger, watchdog, evaluations, services.engines, ahead)
 
+
+def make_rollouts(
+    config: Config,
+    services: Services,
+    progress: Progress,
+    logger: MetricsLogger,
+    watchdog: Watchdog,
+    stack: ExitStack,
+) -> tuple[RolloutSource, AheadRollouts | None]:
+    """Where the steps' rollouts come from, on rank 0, and with async.staleness what generates ahead behind it."""
     prompts = PromptStream(
         services.prompts.prompts,
         shuffle=config.data.shuffle,
@@ -205,16 +228,17 @@ def connect(
         shares=services.prompts.shares(config.data),
     )
     overlong = config.reward.overlong
-    judge = services.rewards
-    shaped = OverlongPenalty(judge, overlong, config.rollout.max_response_tokens) if overlong is not None else judge
+    judge: Judge = services.rewards
+    if overlong is not None:
+        judge = OverlongPenalty(judge, overlong, config.rollout.max_response_tokens)
     staleness, on_progress = config.async_.staleness, watchdog.reporting("rollout")
     if staleness > 0:  # an evaluation waits for the rollout that is under way
         on_progress = both(on_progress, watchdog.reporting("evaluation"))
     rollouts: RolloutSource = EngineRollouts(
         config.rollout,
-        engines,
+        services.engines,
         prompts,
-        shaped,
+        judge,
         prompts_per_update=config.train.prompts_per_update,
         staleness=Staleness(staleness, services.decode) if staleness > 0 else None,
         on_progress=both(logger.on_progress, on_progress) if staleness == 0 else on_progress,  # a bar is for who waits
@@ -225,18 +249,7 @@ def connect(
         stack.callback(ahead.close)
     if config.rollout.record is not None:
         rollouts = RecordingRollouts(rollouts, config.rollout.record)
-    evaluations = None
-    if config.eval.every is not None:
-        evaluator = Evaluator(config.rollout, config.reward, engines, judge, services.benchmarks)
-        evaluations = TrainingEvaluations(
-            config,
-            evaluator,
-            log_evaluation(logger),
-            step=progress.step,
-            on_progress=watchdog.reporting("evaluation"),
-            engines_to_itself=nullcontext if ahead is None else ahead.paused,
-        )
-    return Run(config, parallel, policy, sync, rollouts, logger, watchdog, evaluations, engines, ahead)
+    return rollouts, ahead
 
 
 def both(first: Callable[[int, int], None], second: Callable[[int, int], None]) -> Callable[[int, int], None]:

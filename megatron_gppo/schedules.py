@@ -73,6 +73,7 @@ class Schedule(BaseModel, Generic[Value]):
         return list(self.points.values())
 
     def at(self, step: int) -> float:
+        """The value in a step, counted from 1."""
         steps, values = list(self.points), self.values
         after = bisect_right(steps, step)  # index of the first point that is still to come
         if after in (0, len(steps)):

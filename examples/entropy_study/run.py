@@ -28,7 +28,7 @@ from megatron_gppo.rollout.server import ManagedServer
 
 CONFIG = Path("examples/entropy_study/config.yaml")
 FOLDER = Path("runs/entropy_study")
-PROMPTS_PER_STEP = {False: 128, True: 32}  # by --quick
+QUICK = ["rollout.prompts_per_step=32"]
 VARIANTS = {
     "GRPO": ["algorithm.preset=grpo"],
     "DAPO": ["algorithm.preset=dapo"],
@@ -55,7 +55,7 @@ class StudyRun:
         return (self.folder / "checkpoints" / f"step_{self.steps:08d}").exists()
 
 
-def study(folder: Path, *, steps: int, prompts_per_step: int, seeds: int, lanes: int) -> None:
+def study(folder: Path, *, steps: int, seeds: int, lanes: int, overrides: Sequence[str] = ()) -> None:
     """Trains what is not trained yet, and writes the report. Raises ConfigError, PhaseError, EngineError."""
     model, checkpoint = folder / "model", folder / "megatron"
     settings = [
@@ -63,7 +63,7 @@ def study(folder: Path, *, steps: int, prompts_per_step: int, seeds: int, lanes:
         f"model.checkpoint={checkpoint}",
         f"data.train={folder / 'data' / 'train.jsonl'}",
         f"train.steps={steps}",
-        f"rollout.prompts_per_step={prompts_per_step}",
+        *overrides,
     ]
     config = load_config(CONFIG, [*settings, f"run.dir={folder}"])
     phases = Phases(folder, {"steps": steps}, console)
@@ -172,8 +172,7 @@ def main() -> int:
     if arguments.quick:
         folder, steps, seeds = folder.with_name(f"{folder.name}_quick"), 3, 1
     try:
-        prompts = PROMPTS_PER_STEP[arguments.quick]
-        study(folder, steps=steps, prompts_per_step=prompts, seeds=seeds, lanes=arguments.lanes)
+        study(folder, steps=steps, seeds=seeds, lanes=arguments.lanes, overrides=QUICK if arguments.quick else [])
     except (ConfigError, PhaseError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

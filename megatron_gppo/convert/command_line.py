@@ -53,6 +53,7 @@ def run(action: Callable[[], str], output: str) -> int:
 
 
 def add_common_arguments(parser: ArgumentParser) -> None:
+    """Those of both directions."""
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist or be empty")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="convert the values to this dtype; by default they stay as they are"

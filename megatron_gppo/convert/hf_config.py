@@ -18,6 +18,7 @@ class HfConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "HfConfig":
+        """Raises ConvertError where folder has no config.json, or it holds no JSON object."""
         path = folder / "config.json"
         fix = "Fix: give the folder of an HF model"
         try:

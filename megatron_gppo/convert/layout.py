@@ -27,6 +27,7 @@ The vocabulary. Ranks hold equally many rows, so the last ones are padded with z
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,8 +38,8 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 
-class Layout:
-    """The simplest way to merge and split: one HF tensor, as it is."""
+class Layout(ABC):
+    """What is common: the simplest way to merge and split, one HF tensor as it is."""
 
     __slots__ = ()
     rule: ClassVar[str] = "as it is"
@@ -54,11 +55,11 @@ class Layout:
     def split(self, full: Tensor) -> list[Tensor]:
         return [full]
 
-    def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def shard(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor: ...
 
-    def join(self, shards: Sequence[Tensor]) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def join(self, shards: Sequence[Tensor]) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

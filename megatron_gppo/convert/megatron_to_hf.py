@@ -118,6 +118,7 @@ class _Opened:
 
     @classmethod
     def open(cls, checkpoint: str | Path, dtype: torch.dtype | None, stacked_experts: bool | None) -> "_Opened":
+        """Raises ConvertError. None: as the checkpoint has it."""
         source = MegatronCheckpoint(checkpoint)
         architecture = source.architecture()
         source.check(architecture)

@@ -110,6 +110,7 @@ class _Loader:
         self._bad_rows: list[str] = []
 
     def load(self) -> PromptSet:
+        """Raises DataError for a bad row (or leaves it out), and where no prompt is left."""
         for index, source in enumerate(self._sources):
             problems = self._problems(index)
             while batch := list(itertools.islice(problems, ROWS_PER_TOKENIZER_CALL)):

@@ -36,6 +36,7 @@ def compare_reports(first: Report, second: Report) -> dict[str, Comparison]:
 
 
 def comparison_table(first: Report, second: Report, comparisons: dict[str, Comparison]) -> Table:
+    """compare_reports' result, a row a benchmark."""
     table = Table(title=f"{second.model} against {first.model}: avg@k in %, paired over problems")
     for heading in ("benchmark", "problems", "first", "second", "difference", "95% interval", "p", "significant at 5%"):
         table.add_column(heading, justify="left" if heading == "benchmark" else "right", no_wrap=True)

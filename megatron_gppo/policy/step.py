@@ -47,6 +47,7 @@ class Network:
     def logprobs_and_entropy(
         self, model: PolicyModel, hidden: torch.Tensor, targets: torch.Tensor, with_entropy: bool, entropy_grad: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[T] fp32 each, of the last stage's output, [T, 1, H] or this rank's part of it under sequence parallelism."""
         weight = model.head_weight
         return linear_logprobs_and_entropy(
             hidden.squeeze(1),

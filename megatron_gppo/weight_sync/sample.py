@@ -63,6 +63,7 @@ class RollingSample:
         self._digests, self._plain, self._num_sent = {}, {}, 0
 
     def add(self, bucket: Bucket) -> None:
+        """Looks at a bucket that is sent."""
         self._num_sent += len(bucket.names)
         layer = self._turns[self._turn]
         if not any(_layer_of(name) == layer for name in bucket.names):

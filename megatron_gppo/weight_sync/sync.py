@@ -195,6 +195,7 @@ class WeightSync:
         assert self._exporter is not None
         assert self._sample is not None
         assert self._engines is not None
+        phases_of_push = None
         try:
             with self._fleet(urls, failed) as fleet:
                 push(
@@ -209,18 +210,16 @@ class WeightSync:
                     sample=self._sample,
                     phases=phases,
                 )
+                phases_of_push = phases.seconds
         except SendAgainError:
-            return None
-        except EnginesGoneError:
-            if not self._started:
-                raise
-            return None
+            pass
         finally:
             # The other ranks gather and send to the end, whatever became of the engines.
             _drain(buckets)
-        self._synced = [endpoint.url for endpoint in fleet.endpoints]
-        self._engines.synced(self._synced, version)
-        return phases.seconds
+        if phases_of_push is not None:
+            self._synced = [endpoint.url for endpoint in fleet.endpoints]
+            self._engines.synced(self._synced, version)
+        return phases_of_push
 
     def _verify_all(self, shards: Mapping[str, Tensor], version: int) -> None:
         """Overwrites the weights of the engines, sends them again, and compares with what they had."""
@@ -245,18 +244,12 @@ class WeightSync:
         self._parallel.from_rank_0(compare)
 
     def _ask(self, urls: Sequence[str], phase: str, call: Callable[[WeightEndpoint], T]) -> dict[str, T]:
-        """What these engines answer, by URL. Those that fail are lost; when the last one has ended or hangs, there is no answer,
-        which is an error at the start only.
-        """
+        """What these engines answer, by URL. Those that fail are lost, and give no answer."""
         if self._started and not urls:
             return {}
-        try:
-            with self._fleet(urls) as fleet:
-                return {endpoint.url: answer for endpoint, answer in fleet.on_all(phase, call).items()}
-        except EnginesGoneError:
-            if not self._started:  # nothing is forgiven: more likely it cannot work here
-                raise
-            return {}
+        with self._fleet(urls) as fleet:
+            return {endpoint.url: answer for endpoint, answer in fleet.on_all(phase, call).items()}
+        return {}
 
     def _buckets(self, shards: Mapping[str, Tensor], urls: Sequence[str], phases: Phases) -> Iterator[Bucket | None]:
         """The export, with every bucket where the transport wants it. Must be exhausted by every rank."""
@@ -280,7 +273,10 @@ class WeightSync:
 
     @contextmanager
     def _fleet(self, urls: Sequence[str], failed: dict[str, str] | None = None) -> Iterator[Fleet]:
-        """The engines at `urls`. Those that fail in the body are reported, and added to `failed`."""
+        """The engines at `urls`. Those that fail in the body are reported, and added to `failed`.
+
+        A body that the last engine's end has cut short is left without an error, except at the start.
+        """
         assert self._engines is not None
         failed = {} if failed is None else failed
         engines, timeout_s = self._engines, self._config.timeout_s
@@ -288,6 +284,9 @@ class WeightSync:
         fleet = Fleet(endpoints, failed_before=dict(failed))
         try:
             yield fleet
+        except EnginesGoneError:
+            if not self._started:  # nothing is forgiven: more likely it cannot work here
+                raise
         finally:
             failed |= fleet.failed
             self._synced = [url for url in self._synced if url not in fleet.failed]
