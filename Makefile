@@ -9,6 +9,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 CREATED = $(VENV)/.created-with-python-$(PYTHON_VERSION)
 TORCH = $(VENV)/.torch-installed
 INSTALLED = $(VENV)/.installed
+TRITON = $(VENV)/.triton-installed
 # The engine is installed without its CUDA packages on purpose (requirements/engine.txt): no warnings about that.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-warn-conflicts --disable-pip-version-check
 
@@ -29,10 +30,10 @@ quickstart: $(INSTALLED) ## Train a tiny Qwen2 with CE-GPPO on this machine's CP
 
 test test-unit test-distributed test-e2e: export OMP_NUM_THREADS = 1
 
-test: $(INSTALLED) ## Run all tests
+test: $(INSTALLED) $(TRITON) ## Run all tests
 	@$(BIN)/python -m pytest --durations 20 tests
 
-test-unit: $(INSTALLED) ## Run the tests that need one process and seconds
+test-unit: $(INSTALLED) $(TRITON) ## Run the tests that need one process and seconds
 	@$(BIN)/python -m pytest tests/unit
 
 test-distributed: $(INSTALLED) ## Run the tests with several ranks over gloo
@@ -75,4 +76,10 @@ $(INSTALLED): $(TORCH) requirements/engine.txt requirements/engine-imports.txt r
 	@$(PIP_INSTALL) --no-deps --requirement requirements/engine.txt
 	@$(PIP_INSTALL) --constraint requirements/torch.txt --constraint requirements/constraints.txt \
 		--requirement requirements/engine-imports.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# Where only tests/unit/test_tile_kernels.py finds it: in the environment itself, Megatron and torch would act as on a GPU.
+$(TRITON): $(CREATED) requirements/triton.txt
+	@echo "Installing Triton, for tests of the GPU's kernels on the CPU"
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/triton --requirement requirements/triton.txt
 	@touch $@

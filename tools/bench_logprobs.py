@@ -7,10 +7,10 @@
 Without --cases: on CUDA every size that the README names; on a CPU those up to 4,096 tokens, and one of one thread. bf16 on
 a CPU without instructions for it takes the rows other than ours minutes, so that its cases have to be small there.
 
-Times are medians over repeats in which the rows take turns, so that a disturbance meets them all. With one thread they are
-seconds of CPU, which other processes hardly change; with more, and on CUDA, of the wall's clock. A row's peak memory is
-measured in a process of its own: what was resident (CPU) or allocated (CUDA) at most, less what was before, and for the
-backward less the two returned gradients.
+Times are the least of repeats in which the rows take turns: what other work on the machine adds is no row's. With one
+thread they are seconds of CPU, which other processes hardly change; with more, and on CUDA, of the wall's clock. A row's
+peak memory is measured in a process of its own: what was resident (CPU) or allocated (CUDA) at most, less what was before,
+and for the backward less the two returned gradients.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import itertools
 import multiprocessing
 import os
 import resource
-import statistics
 import sys
 import time
 import warnings
@@ -301,19 +300,17 @@ def run_case(case: Case, repeats: int, budget_s: float) -> dict[str, Row]:
     if times is None:
         return {}
 
-    def ratio(method: str, matmuls: list[float]) -> float:
-        return statistics.median(both / own for both, own in zip(times.both[method], matmuls, strict=True))
-
+    matmuls, fastest_matmuls = min(times.matmuls), min(times.fastest_matmuls)
     print(
-        f"\n{case}; median of {len(times.matmuls)}; the four matmuls {statistics.median(times.matmuls):.2f} s, "
-        f"in their fastest form {statistics.median(times.fastest_matmuls):.2f} s\n"
+        f"\n{case}; least of {len(times.matmuls)}; the four matmuls {matmuls:.2f} s, "
+        f"in their fastest form {fastest_matmuls:.2f} s\n"
     )
     return {
         method: Row(
-            statistics.median(times.forward[method]),
-            statistics.median(times.both[method]),
-            ratio(method, times.matmuls),
-            ratio(method, times.fastest_matmuls),
+            min(times.forward[method]),
+            min(times.both[method]),
+            min(times.both[method]) / matmuls,
+            min(times.both[method]) / fastest_matmuls,
             memory[method],
         )
         for method in fitting

@@ -7,7 +7,8 @@ The forward and the backward both walk over the vocabulary in tiles of C columns
 are all that ever exists of them, and the backward computes them again. Since a tile holds all tokens, its part of the
 weight's gradient is final when the tile is done.
 
-softmax.py has the mathematics, output_layer.py the matrix products, tile_passes.py what is done between these.
+softmax.py has the mathematics, output_layer.py the matrix products, tile_passes.py (on GPUs tile_kernels.py) what is done
+between these.
 """
 
 from typing import Any
@@ -66,8 +67,9 @@ def linear_logprobs_and_entropy(
         them the same gradient: hidden's gradient is summed over tp_group (reduce-scattered when sequence_parallel), and
         the weight's is that of this rank's rows.
 
-    Raises ValueError when shapes, dtypes or devices do not fit, or a target is not in the vocabulary. The latter reads
-    one flag back from the device, a wait that is small beside the matmuls that follow.
+    Raises ValueError when shapes, dtypes or devices do not fit, or a target is not in the vocabulary. The latter is one
+    flag read back from the device, and how many targets each tile has are a few numbers: waits that are small beside the
+    matmuls that follow.
     """
     _check_options(temperature, with_entropy, entropy_requires_grad)
     tp_group = _without_single_rank(tp_group)
@@ -144,11 +146,13 @@ class _LinearLogprobs(torch.autograd.Function):
         sums = SoftmaxSums(targets, shard, temperature, with_entropy=with_entropy, centre=centre)
         weight_tiles = WeightTiles(weight, operand.dtype)
         logits = TileLogits(operand, len(weight), centre_values)
-        for columns in shard.tiles():
-            sums.add(logits(weight_tiles(columns)), columns)
+        tiles = shard.tiles(targets)
+        for tile in tiles:
+            sums.add(logits(weight_tiles(tile.columns)), tile)
         softmax = sums.over_ranks()
         ctx.save_for_backward(hidden, weight, targets, centre_values, *softmax.kept(entropy_requires_grad))
-        ctx.shard, ctx.gather_group, ctx.temperature, ctx.main_grad = shard, gather_group, temperature, main_grad
+        ctx.shard, ctx.tiles, ctx.gather_group = shard, tiles, gather_group
+        ctx.temperature, ctx.main_grad = temperature, main_grad
         if softmax.entropy is not None and not entropy_requires_grad:
             ctx.mark_non_differentiable(softmax.entropy)
         return softmax.logprobs, softmax.entropy
@@ -165,16 +169,17 @@ class _LinearLogprobs(torch.autograd.Function):
         of_weight = WeightGradient(operand, weight, shard, ctx.main_grad) if needs_weight else None
         weight_tiles = WeightTiles(weight, operand.dtype)
         logits = TileLogits(operand, len(weight), centre)
-        for columns in shard.tiles():
-            weight_tile = weight_tiles(columns)
-            tile = logits(weight_tile)
-            grad = tile if tile.dtype == operand.dtype else torch.empty_like(tile, dtype=operand.dtype)
-            gradient.write(tile, columns, out=grad)
+        for tile in ctx.tiles:
+            weight_tile = weight_tiles(tile.columns)
+            tile_logits = logits(weight_tile)
+            is_grad_too = tile_logits.dtype == operand.dtype
+            grad = tile_logits if is_grad_too else torch.empty_like(tile_logits, dtype=operand.dtype)
+            gradient.write(tile_logits, tile, out=grad)
             if of_hidden is not None:
                 of_hidden.add(grad, weight_tile)
             if of_weight is not None:
-                gradient.write_targets(columns, out=grad)
-                of_weight.add(grad, columns)
+                gradient.write_targets(tile, out=grad)
+                of_weight.add(grad, tile.columns)
             del grad  # or it would exist beside the next one
         grad_hidden = None
         if of_hidden is not None:
@@ -195,11 +200,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         entropy_requires_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
         sums = SoftmaxSums(targets, shard, temperature, with_entropy=with_entropy)
-        for columns in shard.tiles():
-            sums.add(logits[:, columns], columns)
+        tiles = shard.tiles(targets)
+        for tile in tiles:
+            sums.add(logits[:, tile.columns], tile)
         softmax = sums.over_ranks()
         ctx.save_for_backward(logits, targets, *softmax.kept(entropy_requires_grad))
-        ctx.shard, ctx.temperature = shard, temperature
+        ctx.shard, ctx.tiles, ctx.temperature = shard, tiles, temperature
         if softmax.entropy is not None and not entropy_requires_grad:
             ctx.mark_non_differentiable(softmax.entropy)
         return softmax.logprobs, softmax.entropy
@@ -211,9 +217,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         gradient = LogitGradient(Softmax(*kept), targets, ctx.shard, ctx.temperature, grad_logprobs, grad_entropy)
         grad_logits = torch.empty_like(logits)
         grad_logits[:, ctx.shard.num_columns :] = 0
-        for columns in ctx.shard.tiles():
-            gradient.write(logits[:, columns], columns, out=grad_logits[:, columns])
-            gradient.write_targets(columns, out=grad_logits[:, columns])
+        for tile in ctx.tiles:
+            out = grad_logits[:, tile.columns]
+            gradient.write(logits[:, tile.columns], tile, out=out)
+            gradient.write_targets(tile, out=out)
         return grad_logits, None, None, None, None, None
 
 

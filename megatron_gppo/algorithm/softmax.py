@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gppo.algorithm.tile_passes import LOWEST_SHIFTED_LOGIT, exponentiate_tile, sum_tile
-from megatron_gppo.algorithm.vocabulary import VocabularyShard
+from megatron_gppo.algorithm.tile_passes import LOWEST_SHIFTED_LOGIT, exponentiate_tile, scaled, sum_tile
+from megatron_gppo.algorithm.vocabulary import Tile, VocabularyShard
 
 LARGEST_CORRECTION = 16.0
 
@@ -55,43 +55,42 @@ class SoftmaxSums:
         with_entropy: bool,
         centre: Centre | None = None,
     ) -> None:
-        self._targets, self._shard, self._temperature = targets, shard, temperature
+        self._group, self._temperature = shard.group, temperature
         self._with_entropy, self._centre = with_entropy, centre
         self._target_logit = torch.zeros(len(targets), device=targets.device)
-        self._sums = torch.zeros(3, len(targets), device=targets.device)  # m, s, and sum e^(z-m) (z-m)
         # Finite, so that a rank whose columns are all padding adds 0 and not NaN.
-        self._sums[0] = torch.finfo(torch.float32).min
+        nothing = torch.zeros(3, len(targets), device=targets.device)
+        nothing[0] = torch.finfo(torch.float32).min
+        self._sums = [nothing]  # of each tile: m, s, and sum e^(z-m) (z-m)
 
-    def add(self, logits: Tensor, columns: slice) -> None:
-        """logits: [T, C] of these columns, fp32 or bf16, less the centre, not divided by the temperature. Only read."""
-        place, is_inside = self._shard.find(self._targets, columns)
-        target_logit = logits.gather(1, place[:, None])[:, 0].float() / self._temperature
+    def add(self, logits: Tensor, tile: Tile) -> None:
+        """logits: [T, C] of the tile, fp32 or bf16, less the centre, not divided by the temperature. Only read."""
+        target_logit = scaled(logits[tile.tokens, tile.places].float(), self._temperature)
         sums = sum_tile(logits, self._temperature, self._with_entropy)
         if self._centre is not None:
-            centre = self._centre.values / self._temperature
-            unrounded = self._centre.target_logit / self._temperature - centre
+            centre = scaled(self._centre.values.float(), self._temperature)
+            unrounded = scaled(self._centre.target_logit[tile.tokens], self._temperature) - centre[tile.tokens]
             # A logit that rounding moves this far stays rounded: e^(unrounded - m) could overflow, or leave a sum of 0.
             is_near = (unrounded - target_logit).abs() < LARGEST_CORRECTION
             unrounded = torch.where(is_near, unrounded, target_logit)
-            change = _summands(unrounded - sums[0]) - _summands(target_logit - sums[0])
-            sums[1:] += torch.where(is_inside, change, 0.0)
+            maximum = sums[0, tile.tokens]
+            sums[1:, tile.tokens] += _summands(unrounded - maximum) - _summands(target_logit - maximum)
             sums[0] += centre
-            target_logit = unrounded + centre
-        self._target_logit = torch.where(is_inside, target_logit, self._target_logit)
-        maximum = torch.maximum(self._sums[0], sums[0])
-        self._sums = torch.cat([maximum[None], _rescaled(self._sums, maximum) + _rescaled(sums, maximum)])
+            target_logit = unrounded + centre[tile.tokens]
+        self._target_logit[tile.tokens] = target_logit
+        self._sums.append(sums)
 
     def over_ranks(self) -> Softmax:
         """The sums over the whole vocabulary; several ranks exchange [T], and [3, T] ([2, T] without an entropy)."""
-        maximum, exp_sum, weighted_sum = self._sums
-        target_logit = self._target_logit
-        if self._shard.group is not None:
-            maximum = maximum.clone()
-            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self._shard.group)
-            rescaled = _rescaled(self._sums, maximum)
+        sums, target_logit = torch.stack(self._sums), self._target_logit
+        maximum = sums[:, 0].amax(dim=0)
+        if self._group is not None:
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=self._group)
+        exp_sum, weighted_sum = _rescaled(sums, maximum).sum(dim=1)
+        if self._group is not None:
             # One rank has the target's logit, the others 0.
-            parts = torch.stack([target_logit, *(rescaled if self._with_entropy else rescaled[:1])])
-            dist.all_reduce(parts, group=self._shard.group)
+            parts = torch.stack([target_logit, exp_sum, *([weighted_sum] if self._with_entropy else [])])
+            dist.all_reduce(parts, group=self._group)
             target_logit, exp_sum = parts[:2]
             weighted_sum = parts[-1]
         log_sum = exp_sum.log()
@@ -116,8 +115,8 @@ class LogitGradient:
         centre: Tensor | None = None,
     ) -> None:
         """grad_logprobs, grad_entropy: [T] fp32, the latter of no meaning where softmax has no entropy."""
-        self._targets, self._shard, self._temperature = targets, shard, temperature
-        self._shift = softmax.maximum if centre is None else softmax.maximum - centre / temperature
+        self._temperature = temperature
+        self._shift = softmax.maximum if centre is None else softmax.maximum - scaled(centre.float(), temperature)
         logprobs = softmax.logprobs.clamp(min=LOWEST_SHIFTED_LOGIT)
         # 1 - p of the target from its log-prob, without rounding p first.
         of_targets = grad_logprobs * -logprobs.expm1()
@@ -131,26 +130,21 @@ class LogitGradient:
         self._factor /= temperature
         self.of_targets = torch.where(shard.find(targets)[1], of_targets / temperature, 0.0)
 
-    def write(self, logits: Tensor, columns: slice, *, out: Tensor) -> None:
+    def write(self, logits: Tensor, tile: Tile, *, out: Tensor) -> None:
         """Writes 0 for the targets' logits. logits: as in SoftmaxSums.add. out: [T, C], may be logits itself."""
         exponentiate_tile(logits, self._temperature, self._shift, self._factor, self._line, out)
-        self._write_targets(torch.zeros_like(self.of_targets), columns, out)
+        out[tile.tokens, tile.places] = 0.0
 
-    def write_targets(self, columns: slice, *, out: Tensor) -> None:
+    def write_targets(self, tile: Tile, *, out: Tensor) -> None:
         """Completes what write() has written."""
-        self._write_targets(self.of_targets, columns, out)
-
-    def _write_targets(self, values: Tensor, columns: slice, out: Tensor) -> None:
-        place, is_inside = self._shard.find(self._targets, columns)
-        # Not scatter_: in bf16 it takes a CPU a thousand times as long.
-        entries = torch.arange(len(place), device=place.device), place
-        out[entries] = torch.where(is_inside, values.to(out.dtype), out[entries])
+        out[tile.tokens, tile.places] = self.of_targets[tile.tokens].to(out.dtype)
 
 
 def _rescaled(sums: Tensor, maximum: Tensor) -> Tensor:
-    """[2, T]: s and sum e^(z-m) (z-m) relative to this, larger, m."""
-    change = (sums[0] - maximum).clamp(min=LOWEST_SHIFTED_LOGIT)
-    return torch.stack([sums[1], sums[2] + change * sums[1]]) * change.exp()
+    """[2, tiles, T]: s and sum e^(z-m) (z-m) relative to a larger m, [T]. sums: [tiles, 3, T]."""
+    own_maximum, exp_sum, weighted_sum = sums.unbind(dim=1)
+    change = (own_maximum - maximum).clamp(min=LOWEST_SHIFTED_LOGIT)
+    return torch.stack([exp_sum, weighted_sum + change * exp_sum]) * change.exp()
 
 
 def _summands(shifted: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What is done to every element of a tile of logits beside the matrix products: one pass forward, one backward.
 
+Here for the CPU, in tile_kernels.py for GPUs.
+
 Letters: T tokens, C columns of the tile, x its logits, z = x / temperature, m [T] a number that z is shifted by.
 
 Each operation takes the time that it takes to bring the tile through the memory, and a pass has several. So they are all
@@ -11,8 +13,6 @@ from torch import Tensor
 
 # Two fp32 blocks of it fill half of a second-level cache of 2 MiB.
 CPU_BLOCK_ELEMENTS_PER_THREAD = 128 * 1024
-# Likewise for the 40 to 50 MB that data-centre GPUs have, and still enough to occupy all of one.
-CUDA_BLOCK_ELEMENTS = 4 * 1024 * 1024
 # e^-200 is 0 in fp32. Shifted logits stop there where -inf * e^-inf would be NaN.
 LOWEST_SHIFTED_LOGIT = -200.0
 
@@ -22,16 +22,20 @@ def sum_tile(logits: Tensor, temperature: float, with_entropy: bool) -> Tensor:
 
     logits: [T, C] fp32 or bf16, not modified.
     """
+    if logits.is_cuda:
+        from megatron_gppo.algorithm import tile_kernels  # where torch has no GPU, there is no Triton
+
+        return tile_kernels.sum_tile(logits, temperature, with_entropy)
     sums = torch.zeros(3, len(logits), device=logits.device)
     rows = _rows_per_block(logits)
     scratch = torch.empty(1 + with_entropy, rows, logits.shape[1], device=logits.device)
     for block, block_sums in zip(logits.split(rows), sums.split(rows, dim=1), strict=True):
         maximum, exp_sum, weighted_sum = block_sums
         shifted = scratch[0, : len(block)]
-        scaled = _scaled(block, temperature, shifted)
+        z = _z(block, temperature, shifted)
         # Finite, so that a row of nothing but -inf is not shifted to NaN.
-        torch.amax(scaled, dim=1, out=maximum).clamp_(min=torch.finfo(torch.float32).min)
-        torch.sub(scaled, maximum[:, None], out=shifted)
+        torch.amax(z, dim=1, out=maximum).clamp_(min=torch.finfo(torch.float32).min)
+        torch.sub(z, maximum[:, None], out=shifted)
         if with_entropy:
             exps = torch.exp(shifted, out=scratch[1, : len(block)])
             torch.nansum(shifted.mul_(exps), dim=1, out=weighted_sum)  # -inf * e^-inf counts as 0
@@ -58,13 +62,17 @@ def exponentiate_tile(
         line: slope and constant, [T] fp32. None: 0 and 1.
         out: [T, C] fp32 or bf16; may be logits itself.
     """
+    if logits.is_cuda:
+        from megatron_gppo.algorithm import tile_kernels
+
+        return tile_kernels.exponentiate_tile(logits, temperature, maximum, factor, line, out)
     rows = _rows_per_block(logits)
     scratch = torch.empty(2, rows, logits.shape[1], device=logits.device)
     for first in range(0, len(logits), rows):
         block = slice(first, first + rows)
         result = out[block]
         grad = result if result.dtype == torch.float32 else scratch[0, : len(result)]
-        torch.sub(_scaled(logits[block], temperature, grad), maximum[block, None], out=grad)
+        torch.sub(_z(logits[block], temperature, grad), maximum[block, None], out=grad)
         if line is None:
             grad.exp_()
         else:
@@ -76,13 +84,17 @@ def exponentiate_tile(
             result.copy_(grad)
 
 
+def scaled(logits: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+    """fp32 logits divided by the temperature, rounded alike on every device: CUDA divides by a number in this way anyhow."""
+    return torch.mul(logits, 1.0 / temperature, out=out)
+
+
 def _rows_per_block(logits: Tensor) -> int:
-    elements = CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads() if logits.is_cpu else CUDA_BLOCK_ELEMENTS
-    return max(elements // logits.shape[1], 1)
+    return max(CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads() // logits.shape[1], 1)
 
 
-def _scaled(block: Tensor, temperature: float, scratch: Tensor) -> Tensor:
-    """z in fp32: in scratch, or the block itself where that is z already."""
+def _z(block: Tensor, temperature: float, scratch: Tensor) -> Tensor:
+    """In fp32: in scratch, or the block itself where that is z already."""
     if block.dtype != torch.float32:
         block = scratch.copy_(block)
-    return block if temperature == 1.0 else torch.div(block, temperature, out=scratch)
+    return block if temperature == 1.0 else scaled(block, temperature, out=scratch)

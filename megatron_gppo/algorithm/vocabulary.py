@@ -1,12 +1,21 @@
 """The part of a vocabulary that a tensor-parallel rank holds, and the tiles in which it is visited."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 COLUMNS_PER_TILE = 4096  # a rank with no more columns than these has its logits in one tile
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Some of a rank's columns, and the targets among them."""
+
+    columns: slice  # of the rank
+    tokens: Tensor  # [n] int64: those whose target is there
+    places: Tensor  # [n] int64: the targets, counted from the first of the columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +27,27 @@ class VocabularyShard:
     num_columns: int  # that are not padding; they come first
     vocab_size: int  # over all ranks, without padding
 
-    def tiles(self) -> Iterator[slice]:
-        """The columns that are not padding, a tile at a time."""
-        for first in range(0, self.num_columns, COLUMNS_PER_TILE):
-            yield slice(first, min(first + COLUMNS_PER_TILE, self.num_columns))
+    def tiles(self, targets: Tensor) -> list[Tile]:
+        """The columns that are not padding, and which of the [T] targets are where; reads one small tensor back."""
+        starts = range(0, self.num_columns, COLUMNS_PER_TILE)
+        # All at once, and not for every tile again: many small operations take a GPU longer than the tile's products.
+        place, tokens = (targets - self.first_id).sort(stable=True)
+        ends = torch.tensor([*starts, self.num_columns], device=place.device)
+        first, *firsts = torch.searchsorted(place, ends).tolist()
+        tiles = []
+        for start, last in zip(starts, firsts, strict=True):
+            columns = slice(start, min(start + COLUMNS_PER_TILE, self.num_columns))
+            tiles.append(Tile(columns, tokens[first:last], place[first:last] - start))
+            first = last
+        return tiles
 
-    def find(self, targets: Tensor, columns: slice | None = None) -> tuple[Tensor, Tensor]:
-        """Where the targets are among these columns, or among all of this rank that are not padding.
+    def find(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the targets are among this rank's columns that are not padding.
 
-        Returns ([T] place counted from the first of the columns, [T] bool whether it is there). The place of a target that
-        is not there is that of the nearest column.
+        Returns ([T] column, [T] bool whether it is there). The column of a target that is not there is the nearest one.
         """
-        columns = columns or slice(0, self.num_columns)
-        place = targets - (self.first_id + columns.start)
-        size = columns.stop - columns.start
-        return place.clamp(0, max(size - 1, 0)), (place >= 0) & (place < size)
+        column = targets - self.first_id
+        return column.clamp(0, max(self.num_columns - 1, 0)), (column >= 0) & (column < self.num_columns)
 
 
 def vocabulary_shard(num_rows: int, vocab_size: int | None, tp_group: dist.ProcessGroup | None) -> VocabularyShard:

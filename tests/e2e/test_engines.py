@@ -9,7 +9,15 @@ import threading
 from pathlib import Path
 
 from tests.support.rollout import is_engine, processes_below, running_requests, wait_gone
-from tests.support.training import lines_until, scalars, start_node, write_config
+from tests.support.training import (
+    TIMEOUT_S,
+    check_learned,
+    lines_until,
+    scalars,
+    start_node,
+    start_numbered_node,
+    write_config,
+)
 
 KEY = "secret"
 
@@ -19,6 +27,26 @@ def engine_of(node: subprocess.Popen[str]) -> tuple[int, str]:
     [pid] = [pid for pid in processes_below(node.pid) if is_engine(pid)]
     arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     return pid, f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_an_engine_on_the_second_of_two_nodes_that_torchrun_numbers(tiny_model: Path, tmp_path: Path) -> None:
+    rollout = {"engines": [{"nodes": [1]}], "host": "0.0.0.0", "api_key": KEY}
+    config = write_config(tmp_path, tiny_model, rollout=rollout)
+    port = free_port()
+    nodes = [start_numbered_node(config, 2, port) for _ in range(2)]
+    try:
+        outputs = [node.communicate(timeout=TIMEOUT_S)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    check_learned("".join(outputs), tmp_path / "run")
 
 
 def test_engines_on_two_nodes_that_hang_and_die_in_a_rollout(tiny_model: Path, tmp_path: Path) -> None:
@@ -38,8 +66,7 @@ def test_engines_on_two_nodes_that_hang_and_die_in_a_rollout(tiny_model: Path, t
         train={"steps": 1000, "prompts_per_update": 4, "tokens_per_microbatch": 1024},
         run={"dir": str(tmp_path / "run"), "save_every": 1000},
     )
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     first, second = (start_node(config, node, 2, port) for node in range(2))
     started: set[int] = set()
     # Its output is read, or the node would wait for ever to print more.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gppo.algorithm import linear_logprobs_and_entropy
+from megatron_gppo.algorithm import linear_logprobs_and_entropy, vocab_parallel_logprobs_and_entropy
 from tests.support.logprob_reference import (
     LogprobCase,
     over_rounded_logits,
@@ -63,6 +63,25 @@ def test_bf16_is_no_worse_than_over_bf16_logits(with_main_grad: bool) -> None:
     grad_weight = weight.grad if main_grad is None else main_grad
     assert relative_error(hidden.grad.cpu(), expected.grad_hidden) < 5e-3
     assert relative_error(grad_weight.cpu(), expected.grad_weight) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_logits_matches_fp64(dtype: torch.dtype) -> None:
+    case = random_case(33, 48, 9000, 8971)
+    logits = (case.hidden @ case.weight.T).to(dtype)
+    leaf = logits.cuda().requires_grad_()
+    logprobs, entropy = vocab_parallel_logprobs_and_entropy(
+        leaf, case.targets.cuda(), vocab_size=case.vocab_size, temperature=0.6, entropy_requires_grad=True
+    )
+    backward(case, logprobs, entropy)
+    wide = logits.double().requires_grad_()
+    all_logprobs = (wide[:, : case.vocab_size] / 0.6).log_softmax(dim=1)
+    expected = all_logprobs.gather(1, case.targets[:, None])[:, 0]
+    expected_entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=1)
+    torch.autograd.backward([expected, expected_entropy], [case.grad_logprobs.double(), case.grad_entropy.double()])
+    assert relative_error(logprobs.cpu(), expected.detach()) < FP32_TOLERANCE
+    assert relative_error(entropy.cpu(), expected_entropy.detach()) < FP32_TOLERANCE
+    assert relative_error(leaf.grad.cpu(), wide.grad) < (FP32_TOLERANCE if dtype == torch.float32 else 5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -73,6 +73,12 @@ def start_node(config: Path, node: int, num_nodes: int, port: int, *overrides: s
     return _torchrun([*nodes, "--master-addr", "127.0.0.1", "--master-port", str(port)], config, overrides)
 
 
+def start_numbered_node(config: Path, num_nodes: int, port: int, *overrides: str) -> subprocess.Popen[str]:
+    """As start_node, but torchrun's c10d rendezvous says which node it is."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    return _torchrun(["--nnodes", str(num_nodes), "--nproc-per-node", "1", *rendezvous], config, overrides)
+
+
 def _torchrun(options: list[str], config: Path, overrides: Sequence[str]) -> subprocess.Popen[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", *options]
     return subprocess.Popen(
