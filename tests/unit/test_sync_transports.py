@@ -204,7 +204,8 @@ def test_bytes_that_are_missing_are_found() -> None:
 
 def test_a_version_on_disk_is_a_whole_hf_folder_under_its_name(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
-    (tmp_path / "weights" / "version_3").mkdir(parents=True)
+    for older in ("version_3", "outdated_version_2"):
+        (tmp_path / "weights" / older).mkdir(parents=True)
     transport = DiskTransport(tmp_path / "weights", model)
     engine = Endpoint("http://e")
     fleet = Fleet([engine])
@@ -215,6 +216,7 @@ def test_a_version_on_disk_is_a_whole_hf_folder_under_its_name(tmp_path: Path) -
         assert engine.calls == []
         transport.send(fleet, bucket, "bucket", "4" if number == 1 else None)
     transport.wait(fleet, Phases())
+    transport.close()
 
     folder = tmp_path / "weights" / "version_4"
     assert list(folder.parent.iterdir()) == [folder]
