@@ -145,10 +145,10 @@ class _LinearLogprobs(torch.autograd.Function):
         centre_values = None if centre is None else centre.values
         sums = SoftmaxSums(targets, shard, temperature, with_entropy=with_entropy, centre=centre)
         weight_tiles = WeightTiles(weight, operand.dtype)
-        logits = TileLogits(operand, len(weight), centre_values)
+        tile_logits = TileLogits(operand, len(weight), centre_values)
         tiles = shard.tiles(targets)
         for tile in tiles:
-            sums.add(logits(weight_tiles(tile.columns)), tile)
+            sums.add(tile_logits(weight_tiles(tile.columns)), tile)
         softmax = sums.over_ranks()
         ctx.save_for_backward(hidden, weight, targets, centre_values, *softmax.kept(entropy_requires_grad))
         ctx.shard, ctx.tiles, ctx.gather_group = shard, tiles, gather_group
@@ -168,13 +168,12 @@ class _LinearLogprobs(torch.autograd.Function):
         of_hidden = HiddenGradient(weight, targets, gradient.of_targets, shard) if needs_hidden else None
         of_weight = WeightGradient(operand, weight, shard, ctx.main_grad) if needs_weight else None
         weight_tiles = WeightTiles(weight, operand.dtype)
-        logits = TileLogits(operand, len(weight), centre)
+        tile_logits = TileLogits(operand, len(weight), centre)
         for tile in ctx.tiles:
             weight_tile = weight_tiles(tile.columns)
-            tile_logits = logits(weight_tile)
-            is_grad_too = tile_logits.dtype == operand.dtype
-            grad = tile_logits if is_grad_too else torch.empty_like(tile_logits, dtype=operand.dtype)
-            gradient.write(tile_logits, tile, out=grad)
+            logits = tile_logits(weight_tile)
+            grad = logits if logits.dtype == operand.dtype else torch.empty_like(logits, dtype=operand.dtype)
+            gradient.write(logits, tile, out=grad)
             if of_hidden is not None:
                 of_hidden.add(grad, weight_tile)
             if of_weight is not None:

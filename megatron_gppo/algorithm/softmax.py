@@ -55,8 +55,10 @@ class SoftmaxSums:
         with_entropy: bool,
         centre: Centre | None = None,
     ) -> None:
-        self._group, self._temperature = shard.group, temperature
-        self._with_entropy, self._centre = with_entropy, centre
+        self._group, self._temperature, self._with_entropy = shard.group, temperature, with_entropy
+        self._centre = None  # divided by the temperature: of every logit, and the target's logit
+        if centre is not None:
+            self._centre = scaled(centre.values.float(), temperature), scaled(centre.target_logit, temperature)
         self._target_logit = torch.zeros(len(targets), device=targets.device)
         # Finite, so that a rank whose columns are all padding adds 0 and not NaN.
         nothing = torch.zeros(3, len(targets), device=targets.device)
@@ -68,8 +70,8 @@ class SoftmaxSums:
         target_logit = scaled(logits[tile.tokens, tile.places].float(), self._temperature)
         sums = sum_tile(logits, self._temperature, self._with_entropy)
         if self._centre is not None:
-            centre = scaled(self._centre.values.float(), self._temperature)
-            unrounded = scaled(self._centre.target_logit[tile.tokens], self._temperature) - centre[tile.tokens]
+            centre, unrounded_target = self._centre
+            unrounded = unrounded_target[tile.tokens] - centre[tile.tokens]
             # A logit that rounding moves this far stays rounded: e^(unrounded - m) could overflow, or leave a sum of 0.
             is_near = (unrounded - target_logit).abs() < LARGEST_CORRECTION
             unrounded = torch.where(is_near, unrounded, target_logit)

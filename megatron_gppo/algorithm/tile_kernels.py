@@ -1,7 +1,7 @@
 """The two passes of tile_passes.py for GPUs, in Triton: a program holds a row of the tile, reads it once, and writes once.
 
 As PyTorch operations each pass is six to eight, launched one by one, each bringing the tile through the memory.
-The logits that a row masks at its end are -inf and count as 0. Letters as in tile_passes.py.
+Letters as in tile_passes.py.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from megatron_gppo.algorithm.tile_passes import LOWEST_SHIFTED_LOGIT
 from megatron_gppo.algorithm.vocabulary import COLUMNS_PER_TILE
 
 WARPS = 8  # 16 logits a thread at the most, which stay in registers
-_LOWEST: tl.constexpr = tl.constexpr(LOWEST_SHIFTED_LOGIT)
-_FINITE: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
+_LOWEST_SHIFTED: tl.constexpr = tl.constexpr(LOWEST_SHIFTED_LOGIT)
+_LOWEST_FINITE: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def sum_tile(logits: Tensor, temperature: float, with_entropy: bool) -> Tensor:
@@ -81,7 +81,7 @@ def _sum_row(  # type: ignore[no-untyped-def]
     z = tl.load(row + column * column_stride, mask=column < num_columns, other=-float("inf")).to(tl.float32)
     z *= inverse_temperature
     # Finite, so that a row of nothing but -inf is not shifted to NaN.
-    maximum = tl.maximum(tl.max(z, axis=0), _FINITE)
+    maximum = tl.maximum(tl.max(z, axis=0), _LOWEST_FINITE)
     shifted = z - maximum
     exps = tl.exp(shifted)
     tl.store(sums + token, maximum)
@@ -114,7 +114,7 @@ def _exponentiate_row(  # type: ignore[no-untyped-def]
     z = tl.load(logits + token * row_stride + column * column_stride, mask=is_column, other=0.0).to(tl.float32)
     shifted = z * inverse_temperature - tl.load(maximum + token)
     if HAS_LINE:
-        shifted = tl.maximum(shifted, _LOWEST)
+        shifted = tl.maximum(shifted, _LOWEST_SHIFTED)
         value = tl.exp(shifted) * (tl.load(slope + token) * shifted + tl.load(constant + token))
     else:
         value = tl.exp(shifted)

@@ -23,7 +23,7 @@ from megatron_gppo.weight_sync.fleet import Fleet, in_thread
 from megatron_gppo.weight_sync.transport import Processes
 
 FOLDER = "version_{}"
-OUTDATED = "outdated_{}"
+OUTDATED = "outdated_version_{}"
 
 
 class DiskTransport:
@@ -81,7 +81,7 @@ class DiskTransport:
         for older in self._folder.glob(FOLDER.format("*")):
             if older != complete:
                 with suppress(OSError):
-                    older.rename(self._folder / OUTDATED.format(older.name))
+                    older.rename(self._folder / f"outdated_{older.name}")
         self._deleting = in_thread(self._delete_outdated)
 
     def close(self) -> None:
@@ -89,14 +89,15 @@ class DiskTransport:
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _finish_deleting(self) -> None:
-        """Of this process, and of one that was ended."""
+        """Also what a process that was killed has left."""
         if self._deleting is not None:
             self._deleting.result()
         self._delete_outdated()
 
     def _delete_outdated(self) -> None:
-        for folder in self._folder.glob(OUTDATED.format("*")):
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for folder in self._folder.glob(OUTDATED.format("*")):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _failure(self, error: OSError) -> WeightSyncError:
         return WeightSyncError(

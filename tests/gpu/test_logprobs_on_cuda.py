@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_gppo.algorithm import linear_logprobs_and_entropy, vocab_parallel_logprobs_and_entropy
 from tests.support.logprob_reference import (
     LogprobCase,
+    of_logits,
     over_rounded_logits,
     random_case,
     reference_logprobs,
@@ -75,9 +76,7 @@ def test_from_logits_matches_fp64(dtype: torch.dtype) -> None:
     )
     backward(case, logprobs, entropy)
     wide = logits.double().requires_grad_()
-    all_logprobs = (wide[:, : case.vocab_size] / 0.6).log_softmax(dim=1)
-    expected = all_logprobs.gather(1, case.targets[:, None])[:, 0]
-    expected_entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=1)
+    expected, expected_entropy = of_logits(wide[:, : case.vocab_size] / 0.6, case.targets)
     torch.autograd.backward([expected, expected_entropy], [case.grad_logprobs.double(), case.grad_entropy.double()])
     assert relative_error(logprobs.cpu(), expected.detach()) < FP32_TOLERANCE
     assert relative_error(entropy.cpu(), expected_entropy.detach()) < FP32_TOLERANCE

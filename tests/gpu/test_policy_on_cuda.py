@@ -18,6 +18,7 @@ from megatron_gppo.packing import unpack
 from megatron_gppo.policy import Policy, Progress, checkpoint, initialize_model_parallel, shut_down, step
 from megatron_gppo.policy.context_parallel import token_positions
 from megatron_gppo.policy.local_modules import PackedAttention
+from tests.support.logprob_reference import of_logits
 from tests.support.policy import (
     Reference,
     build_policy,
@@ -162,9 +163,7 @@ def test_logprobs_equal_fp64(dtype: torch.dtype) -> None:
     )
     assert entropy is not None
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    log_softmax = (exact_hidden @ exact_weight.t() / 0.7).log_softmax(-1)
-    exact = log_softmax.gather(1, targets[:, None])[:, 0]
-    exact_entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    exact, exact_entropy = of_logits(exact_hidden @ exact_weight.t() / 0.7, targets)
     tolerance = 5e-6 if dtype == torch.float32 else 1e-5  # bf16 inputs are exact; accumulation is in fp32
     assert (logprobs - exact).norm() / exact.norm() < tolerance
     assert (entropy - exact_entropy).norm() / exact_entropy.norm() < tolerance

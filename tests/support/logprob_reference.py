@@ -46,10 +46,7 @@ def random_case(
 
 def reference_logprobs(case: LogprobCase, temperature: float, entropy_requires_grad: bool) -> LogprobResult:
     hidden, weight = case.hidden.double().requires_grad_(), case.weight.double().requires_grad_()
-    logits = hidden @ weight[: case.vocab_size].T / temperature
-    all_logprobs = logits.log_softmax(dim=1)
-    logprobs = all_logprobs.gather(1, case.targets[:, None])[:, 0]
-    entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=1)
+    logprobs, entropy = of_logits(hidden @ weight[: case.vocab_size].T / temperature, case.targets)
     total = (logprobs * case.grad_logprobs).sum()
     if entropy_requires_grad:
         total = total + (entropy * case.grad_entropy).sum()
@@ -59,9 +56,13 @@ def reference_logprobs(case: LogprobCase, temperature: float, entropy_requires_g
 
 def over_rounded_logits(case: LogprobCase, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy by an fp32 softmax over logits in the inputs' dtype: what bf16 may not be worse than."""
-    logits = (case.hidden @ case.weight[: case.vocab_size].T).float() / temperature
+    return of_logits((case.hidden @ case.weight[: case.vocab_size].T).float() / temperature, case.targets)
+
+
+def of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy in the dtype of the logits, [T, V]."""
     all_logprobs = logits.log_softmax(dim=1)
-    return all_logprobs.gather(1, case.targets[:, None])[:, 0], -(all_logprobs.exp() * all_logprobs).sum(dim=1)
+    return all_logprobs.gather(1, targets[:, None])[:, 0], -(all_logprobs.exp() * all_logprobs).sum(dim=1)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

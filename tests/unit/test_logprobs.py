@@ -12,7 +12,7 @@ from megatron_gppo.algorithm import (
     vocab_parallel_logprobs_and_entropy,
     vocabulary,
 )
-from tests.support.logprob_reference import LogprobCase, random_case, reference_logprobs, relative_error
+from tests.support.logprob_reference import LogprobCase, of_logits, random_case, reference_logprobs, relative_error
 
 FP32_TOLERANCE = 5e-6
 
@@ -101,8 +101,7 @@ def test_from_bf16_logits(num_tokens: int, entropy_requires_grad: bool) -> None:
     exact = logits.detach().double().requires_grad_()
     targets = torch.randint(4500, (num_tokens,), generator=generator)
     values, entropy = vocab_parallel_logprobs_and_entropy(logits, targets, entropy_requires_grad=entropy_requires_grad)
-    logprobs = exact.log_softmax(-1)
-    expected, expected_entropy = logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+    expected, expected_entropy = of_logits(exact, targets)
     assert values.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(values.double(), expected, rtol=FP32_TOLERANCE, atol=0)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=FP32_TOLERANCE, atol=0)
@@ -138,9 +137,8 @@ def test_bf16_is_no_worse_than_fp32_softmax_over_bf16_logits(
     ours = errors(values, entropy, hidden, weight)
 
     hidden, weight = leaf(case.hidden), leaf(case.weight)
-    all_logprobs = (hidden @ weight[: case.vocab_size].T).float().log_softmax(dim=1)
-    entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=1)
-    theirs = errors(all_logprobs.gather(1, case.targets[:, None])[:, 0], entropy, hidden, weight)
+    values, entropy = of_logits((hidden @ weight[: case.vocab_size].T).float(), case.targets)
+    theirs = errors(values, entropy, hidden, weight)
     for our_error, their_error in zip(ours, theirs, strict=True):
         assert our_error <= their_error
     if not bf16_instructions:  # nothing is rounded but the gradients
