@@ -2,7 +2,7 @@
 
 Every bucket is a file: its bytes are what safetensors has after the header. Rank 0 writes `version_N` under another name,
 renames it when it is complete, and has the engines read it. Older ones get another name, too, and are deleted while the
-training goes on: that takes a sixth of the time of a sync.
+training goes on: it takes up to half as long as the rest of a sync.
 """
 
 import shutil
