@@ -18,7 +18,8 @@ from megatron_gppo.config import ConfigError, RolloutConfig
 from megatron_gppo.http_calls import HttpCallError, call
 from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError
 from megatron_gppo.rollout.guarding import guarded
-from megatron_gppo.rollout.server import free_port, make_engine
+from megatron_gppo.rollout.ports import number_of, reserve_port
+from megatron_gppo.rollout.server import make_engine
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 10.0
@@ -37,11 +38,12 @@ class Router:
         self._api_key = rollout.api_key
         self._log_path = log_path
         self._workers: set[str] = set()
-        port = free_port(HOST)
+        # Every router would take one and the same port for its metrics.
+        self._ports = [reserve_port(HOST), reserve_port(HOST)]
+        port, metrics_port = map(number_of, self._ports)
         self.url = f"http://{HOST}:{port}"
         command = [sys.executable, "-m", "sglang_router.launch_router", "--host", HOST, "--port", str(port)]
-        # Every router would take one and the same port for its metrics.
-        command += ["--prometheus-host", HOST, "--prometheus-port", str(free_port(HOST))]
+        command += ["--prometheus-host", HOST, "--prometheus-port", str(metrics_port)]
         command += [
             "--policy",
             "cache_aware",
@@ -101,6 +103,8 @@ class Router:
     def close(self) -> None:
         self._guard.terminate()
         self._guard.wait()
+        for port in self._ports:
+            port.close()
 
     def _ids(self) -> dict[str, str]:
         """The router's names of its healthy workers, by URL."""

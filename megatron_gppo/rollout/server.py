@@ -20,6 +20,7 @@ from megatron_gppo.rollout import cpu_engine
 from megatron_gppo.rollout.engine import Engine, EngineError, EngineFaultError, Supervised
 from megatron_gppo.rollout.guarding import GRACE_SECONDS, guarded
 from megatron_gppo.rollout.placement import EnginePlace, only_place
+from megatron_gppo.rollout.ports import number_of, reserve_port
 
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_INTERVAL_S = 0.5
@@ -78,17 +79,19 @@ class ManagedServer:
             raise ConfigError(
                 f"model.hf_path = {config.model.hf_path} has no config.json. Fix: give a local HF model folder"
             )
-        port = _bindable_port(rollout.host, place.port)
-        self.url = _url(address or rollout.host, port)
         self.log_path = log_path
-        self._command = server_command(config, port, place)
         self._api_key = rollout.api_key
         self._start_timeout_s = rollout.start_timeout_s
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab") as log:
-            self._log_start = log.tell()
-            with _confined_to(place.cores):
+        with contextlib.ExitStack() as undo:
+            self._port = undo.enter_context(_reserved_port(rollout.host, place.port))
+            port = number_of(self._port)
+            self.url = _url(address or rollout.host, port)
+            self._command = server_command(config, port, place)
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            with log_path.open("ab") as log, _confined_to(place.cores):
+                self._log_start = log.tell()
                 self._guard = guarded(self._command, log, server_environment(place))
+            undo.pop_all()
 
     def __enter__(self) -> "ManagedServer":
         return self
@@ -130,6 +133,7 @@ class ManagedServer:
             ) from None
         if self._guard.stdin is not None:
             self._guard.stdin.close()
+        self._port.close()
 
     def _report(self, what: str) -> str:
         with self.log_path.open("rb") as log:
@@ -247,21 +251,14 @@ def _confined_to(cores: list[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _bindable_port(host: str, port: int | None) -> int:
+def _reserved_port(host: str, port: int | None) -> socket.socket:
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
-        with socket.create_server(address[:2], family=family) as listener:
-            bound: int = listener.getsockname()[1]
-            return bound
+        return reserve_port(host, port or 0)
     except OSError as error:
         raise ConfigError(
             f"rollout.port = {port}, rollout.host = {host}: {error.strerror}. Fix: end what uses the port, or set "
             "rollout.port: null for a free one; the host must be an address of this machine"
         ) from error
-
-
-def free_port(host: str) -> int:
-    return _bindable_port(host, None)
 
 
 def _url(host: str, port: int) -> str:

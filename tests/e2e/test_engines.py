@@ -3,11 +3,14 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from megatron_gppo.rollout.ports import number_of, reserve_port
 from tests.support.rollout import is_engine, processes_below, running_requests, wait_gone
 from tests.support.training import (
     TIMEOUT_S,
@@ -29,16 +32,17 @@ def engine_of(node: subprocess.Popen[str]) -> tuple[int, str]:
     return pid, f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+@pytest.fixture
+def port() -> Iterator[int]:
+    with reserve_port("127.0.0.1") as port:
+        yield number_of(port)
 
 
-def test_an_engine_on_the_second_of_two_nodes_that_torchrun_numbers(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_engine_on_the_second_of_two_nodes_that_torchrun_numbers(
+    tiny_model: Path, tmp_path: Path, port: int
+) -> None:
     rollout = {"engines": [{"nodes": [1]}], "host": "0.0.0.0", "api_key": KEY}
     config = write_config(tmp_path, tiny_model, rollout=rollout)
-    port = free_port()
     nodes = [start_numbered_node(config, 2, port) for _ in range(2)]
     try:
         outputs = [node.communicate(timeout=TIMEOUT_S)[0] for node in nodes]
@@ -49,7 +53,7 @@ def test_an_engine_on_the_second_of_two_nodes_that_torchrun_numbers(tiny_model: 
     check_learned("".join(outputs), tmp_path / "run")
 
 
-def test_engines_on_two_nodes_that_hang_and_die_in_a_rollout(tiny_model: Path, tmp_path: Path) -> None:
+def test_engines_on_two_nodes_that_hang_and_die_in_a_rollout(tiny_model: Path, tmp_path: Path, port: int) -> None:
     engines = [{"nodes": [0], "cores": [0]}, {"nodes": [1], "cores": [1]}]
     config = write_config(
         tmp_path,
@@ -66,7 +70,6 @@ def test_engines_on_two_nodes_that_hang_and_die_in_a_rollout(tiny_model: Path, t
         train={"steps": 1000, "prompts_per_update": 4, "tokens_per_microbatch": 1024},
         run={"dir": str(tmp_path / "run"), "save_every": 1000},
     )
-    port = free_port()
     first, second = (start_node(config, node, 2, port) for node in range(2))
     started: set[int] = set()
     # Its output is read, or the node would wait for ever to print more.

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -81,6 +82,8 @@ def test_a_model_that_cannot_be_loaded(tiny_model: Path, tmp_path: Path) -> None
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     os.truncate(broken / "model.safetensors", 1000)
     with ManagedServer(make_config(broken, tmp_path), tmp_path / "sglang.log") as server:
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:
+            other.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))  # its port is kept, long before it listens
         with pytest.raises(EngineError) as error:
             server.wait_ready()
         assert not server.alive()
