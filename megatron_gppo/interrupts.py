@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -12,9 +13,10 @@ SECOND_INTERRUPT_AFTER_S = 2.0
 
 
 class Interrupts:
-    """While the context is open, the first SIGINT or SIGTERM only sets `requested` and calls `on_request`.
+    """While the context is open, the first SIGINT or SIGTERM only sets `requested` and calls `on_request`, in a thread.
 
-    A second Ctrl-C raises KeyboardInterrupt. Enter it in the main thread.
+    That happens at once; `requested` is set when the main thread returns to Python, which a collective that waits for rank 0's
+    rollout does not. A second Ctrl-C raises KeyboardInterrupt. Enter it in the main thread.
     """
 
     def __init__(self, on_request: Callable[[], None]) -> None:
@@ -22,8 +24,13 @@ class Interrupts:
         self._on_request = on_request
         self._requested_at = 0.0
         self._before: dict[int, Any] = {}
+        self._arrived, self._arriving = os.pipe()
+        self._thread = threading.Thread(target=self._await_signal, name="interrupts", daemon=True)
 
     def __enter__(self) -> "Interrupts":
+        self._thread.start()
+        os.set_blocking(self._arriving, False)
+        signal.set_wakeup_fd(self._arriving, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
         return self
@@ -33,13 +40,23 @@ class Interrupts:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self._arriving)
+        self._thread.join()
+        os.close(self._arrived)
+
+    def _await_signal(self) -> None:
+        """Every signal that has a handler in Python arrives as a byte."""
+        while number := os.read(self._arrived, 1):
+            if number[0] in self._before:
+                self._on_request()
+                return
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.requested is None:
             self.requested = signal.Signals(number)
             self._requested_at = now
-            self._on_request()
         elif number == signal.SIGINT and now - self._requested_at > SECOND_INTERRUPT_AFTER_S:
             raise KeyboardInterrupt
 

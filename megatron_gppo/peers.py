@@ -1,7 +1,7 @@
 """What the ranks tell each other beside their collectives, which cannot be used once one of them is stuck.
 
-Over the rendezvous store, through a connection of its own: that every rank is alive, that rank 0 moves on, and who had
-to end the run, and why. A thread does it every second and may block on a host that cannot be reached; everyone else only reads
+Over the rendezvous store, through a connection of its own: that every rank is alive, that rank 0 moves on, that a rank was
+told to stop, and who had to end the run, and why. A thread does it every second and may block on a host that cannot be reached; everyone else only reads
 what it has seen last.
 """
 
@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -41,6 +42,7 @@ class Peers:
         self._moves = 0
         self._heard: dict[int, tuple[bytes, float]] = {}  # rank 0: the last beat of each, and when it came
         self._hosts: dict[int, str] = {}
+        self._asks_to_stop = False
         self._to_say: Ending | None = None
         self._name_missing = False
         self._wake = threading.Event()
@@ -53,6 +55,8 @@ class Peers:
         self.num_reports = 0  # ranks that have seen the ending
         self.missing: list[str] | None = None  # the others, once asked for
         self.rank_0_moves = 0  # rises whenever rank 0 gets on
+        # What they may set, on rank 0: what is done, in a thread, once a rank has asked to stop.
+        self.on_stop: Callable[[], None] | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -60,6 +64,11 @@ class Peers:
     def moved(self) -> None:
         """Rank 0 has got on."""
         self._moves += 1
+
+    def ask_to_stop(self) -> None:
+        """Has rank 0 do its on_stop, soon."""
+        self._asks_to_stop = True
+        self._wake.set()
 
     def say(self, ending: Ending) -> None:
         """Tells all ranks, unless another was first; ending holds the first one soon."""
@@ -100,6 +109,11 @@ class Peers:
             self._hear()
         elif store.check(["moves"]):
             self.rank_0_moves = int(store.get("moves"))
+        if self._asks_to_stop:
+            store.set("stop", "")
+        if self.on_stop is not None and store.check(["stop"]):
+            self.on_stop()
+            self.on_stop = None
         if self._to_say is not None and self.ending is None:
             store.compare_set("ending", "", json.dumps(asdict(self._to_say)))
         if self.ending is None and store.check(["ending"]):

@@ -61,7 +61,9 @@ class Run:
             self.parallel.from_rank_0(lambda: action(self.engines) if self.engines is not None else None)
 
     def cancel(self) -> None:
-        """Ends generation, and waiting for engines, now and later, soon. Safe to call from a signal handler."""
+        """Ends generation, and waiting for engines, now and later, soon. Safe to call from any thread of any rank."""
+        if self.parallel.rank != 0:
+            self.watchdog.ask_to_stop()
         for waiting in (self.rollouts, self.evaluations, self.engines):
             if waiting is not None:
                 waiting.cancel()

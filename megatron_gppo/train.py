@@ -44,7 +44,7 @@ from megatron_gppo.rollout.pool import EnginePool
 from megatron_gppo.rollout.reward_pool import RewardError
 from megatron_gppo.run import CHECKPOINTS, Run, build_policy, connect, start_node_engines, start_services
 from megatron_gppo.scalars import in_force_scalars, sample_texts, step_histograms, step_scalars
-from megatron_gppo.watchdog import PeerGone, Watchdog
+from megatron_gppo.watchdog import PeerGone, Watchdog, ended_if_late
 from megatron_gppo.weight_sync import WeightSync, WeightSyncError
 
 
@@ -220,7 +220,10 @@ def train(config: Config, architecture: Architecture) -> signal.Signals | None:
     """
     with ExitStack() as stack:
         # First what can fail, and what takes long to start: no GPU is held meanwhile.
-        services = start_services(config, architecture, stack) if os.environ["RANK"] == "0" else None
+        services = None
+        if os.environ["RANK"] == "0":
+            with ended_if_late("rank 0, data, rewards and engines before it joins", config.run.collective_timeout_s):
+                services = start_services(config, architecture, stack)
         start_node_engines(config, stack)
         job = join_job(config)
         watchdog = stack.enter_context(Watchdog(config, job))
@@ -235,6 +238,7 @@ def train(config: Config, architecture: Architecture) -> signal.Signals | None:
 
 def train_steps(run: Run, progress: Progress) -> signal.Signals | None:
     """The steps that are left. Returns as train does."""
+    run.watchdog.when_asked_to_stop(run.cancel)
     # Failures are named inside: torchrun sends SIGTERM as soon as it sees that a rank is gone.
     with Interrupts(run.cancel) as interrupts, run.watchdog.naming_failures():
         evaluate(run, progress)

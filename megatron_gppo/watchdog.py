@@ -59,6 +59,23 @@ def limits(config: Config) -> dict[str, float]:
     }
 
 
+@contextmanager
+def ended_if_late(what: str, limit_s: float) -> Iterator[None]:
+    """Ends the process, with its stacks, when the block takes longer: for what a rank does before it has a Watchdog."""
+
+    def end() -> None:
+        print(f"stall: {what}: not done after {limit_s:g} s\n{_stacks()}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Watchdog:
     """Of one rank. A context manager; enter it before the process groups are made."""
 
@@ -105,6 +122,15 @@ class Watchdog:
     def reporting(self, phase: str) -> Callable[[int, int], None]:
         """progress() for who reports (done, wanted)."""
         return lambda done, wanted: self.progress(phase)
+
+    def ask_to_stop(self) -> None:
+        """This rank was told to stop, and may be waiting for rank 0's rollout, which is to be cut short."""
+        self._peers.ask_to_stop()
+
+    def when_asked_to_stop(self, action: Callable[[], None]) -> None:
+        """What rank 0 does, in a thread, once another rank has asked."""
+        if self._rank == 0:
+            self._peers.on_stop = action
 
     @contextmanager
     def naming_failures(self) -> Iterator[None]:
@@ -220,12 +246,17 @@ class Watchdog:
 
     def _state(self) -> str:
         """Phase and stacks of this rank."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        lines = [f"{self._where()}, for {time.monotonic() - self._since:.0f} s on {os.uname().nodename}\n"]
-        for ident, frame in sys._current_frames().items():
-            lines.append(f"  thread {names.get(ident, ident)}:\n")
-            lines += traceback.format_stack(frame)
-        return "".join(lines)
+        return f"{self._where()}, for {time.monotonic() - self._since:.0f} s on {os.uname().nodename}\n{_stacks()}"
+
+
+def _stacks() -> str:
+    """Of all threads."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        lines.append(f"  thread {names.get(ident, ident)}:\n")
+        lines += traceback.format_stack(frame)
+    return "".join(lines)
 
 
 def _first_sentence(error: Exception) -> str:

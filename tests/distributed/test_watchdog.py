@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_gppo import watchdog as watchdog_module
 from megatron_gppo.config import Config
+from megatron_gppo.interrupts import Interrupts
 from megatron_gppo.job import join_job
 from megatron_gppo.parallel import PeerFailed
 from megatron_gppo.policy import initialize_distributed
@@ -132,6 +135,24 @@ def test_what_goes_on_beside_a_phase_does_not_hide_its_stall(tmp_path: Path) -> 
     assert statuses == [1, 1], outputs
 
 
+def stop_a_rank_that_waits(watchdog: Watchdog, rank: int) -> None:
+    asked = threading.Event()
+    watchdog.when_asked_to_stop(asked.set)
+    with Interrupts(watchdog.ask_to_stop) as interrupts:
+        dist.barrier()  # gloo connects in the first collective
+        if rank == 1:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            assert asked.wait(STALL_S), "rank 1 waits in a collective, where no handler of Python's runs"
+        dist.barrier()
+    assert interrupts.requested == (signal.SIGTERM if rank == 1 else None)
+
+
+def test_a_rank_that_waits_in_a_collective_can_ask_to_stop(tmp_path: Path) -> None:
+    statuses, outputs = run_two(stop_a_rank_that_waits, tmp_path)
+    assert statuses == [0, 0], outputs
+
+
 def vanish_from_a_collective(watchdog: Watchdog, rank: int) -> None:
     dist.barrier()  # gloo connects in the first collective, and would wait there for a rank that never comes
     if rank == 1:
@@ -199,3 +220,16 @@ def test_what_has_a_limit_of_its_own_gets_it_first(tmp_path: Path) -> None:
     assert limits(of_run)["rollout"] == STALL_S + 0.1 + of_run.rollout.start_timeout_s
     assert limits(of_run)["sync"] == STALL_S + of_run.sync.timeout_s + of_run.rollout.start_timeout_s
     assert limits(of_run)["checkpoint"] == STALL_S + 60
+
+
+def test_what_stands_still_before_a_rank_joins_ends_it(tmp_path: Path) -> None:
+    code = (
+        "import time\nfrom megatron_gppo.watchdog import ended_if_late\n"
+        "def in_time():\n    with ended_if_late('first', 0.2): pass\n    time.sleep(0.5)\n"
+        "def download():\n    time.sleep(60)\n"
+        "in_time()\nwith ended_if_late('second', 0.5): download()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "stall: second: not done after 0.5 s" in done.stderr
+    assert "in download" in done.stderr
