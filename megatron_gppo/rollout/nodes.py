@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_gppo.config import Config, RolloutConfig
+from megatron_gppo.config import Config, ConfigError, RolloutConfig
 from megatron_gppo.rollout.engine import EngineError, EngineFaultError
 from megatron_gppo.rollout.hosts import EngineHost, LocalHost
 from megatron_gppo.rollout.placement import EnginePlace
@@ -28,14 +28,19 @@ SILENCE_S = 60.0  # longer than a node itself may take, before it is taken for l
 
 
 def own_address(host: str) -> str:
-    """The address of this node by which others reach it: that from which it reaches the first node."""
+    """The address of this node by which others reach it: that from which it reaches the first node. Raises ConfigError."""
     family = socket.AF_INET6 if host == "::" else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(
-            (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        )  # of a datagram socket: sends nothing
-        address: str = probe.getsockname()[0]
-        return address
+    first, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((first, port))  # of a datagram socket: sends nothing
+            address: str = probe.getsockname()[0]
+            return address
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.host = {host}, MASTER_ADDR = {first}: {error.strerror}. Fix: set rollout.host to 0.0.0.0 if the first "
+            'node has an IPv4 address, to "::" if it has an IPv6 address'
+        ) from error
 
 
 class EngineStore:

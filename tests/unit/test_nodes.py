@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_gppo.config import ConfigError
 from megatron_gppo.rollout import nodes as nodes_module
 from megatron_gppo.rollout.engine import EngineError, EngineFaultError
 from megatron_gppo.rollout.nodes import EngineStore, RemoteHost, own_address
@@ -154,3 +155,7 @@ def test_no_store() -> None:
 
 def test_the_address_by_which_others_reach_this_node(store: dist.TCPStore) -> None:
     assert own_address("0.0.0.0") == "127.0.0.1"
+    with pytest.raises(
+        ConfigError, match=r"rollout\.host = ::, MASTER_ADDR = 127\.0\.0\.1: .*Fix: set rollout.host to"
+    ):
+        own_address("::")

@@ -134,11 +134,18 @@ def test_a_node_of_several(commands: Path) -> None:
 
 def test_slurm_starts_every_node_alike(commands: Path) -> None:
     write_command(commands, "scontrol", "printf 'n%s\\n' 1 2 3 4 5 6 7 8")
-    write_command(commands, "getent", '[ "$2" = n1 ] && echo "10.0.0.1 STREAM n1"')
+    write_command(commands, "getent", '[ "$2" = n1 ] && printf "%s STREAM n1\\n" 127.0.1.1 10.0.0.1 10.0.0.2')
     write_command(commands, "openssl", "echo key")
     write_command(commands, "srun", 'SLURM_NODEID=2 exec "$@"')
-    done = run("train.sbatch", "a.yaml", "run.seed=1", commands=commands, SLURM_JOB_NODELIST="n[1-8]", SLURM_NNODES="8")
+    job = {"SLURM_JOB_NODELIST": "n[1-8]", "SLURM_NNODES": "8"}
+    done = run("train.sbatch", "a.yaml", "run.seed=1", commands=commands, **job)
     assert done.stdout == SEVERAL_NODES, done.stderr
+    write_command(commands, "getent", "echo 127.0.1.1 STREAM n1")
+    done = run("train.sbatch", "a.yaml", "run.seed=1", commands=commands, MASTER_ADDR="10.0.0.1", **job)
+    assert done.stdout == SEVERAL_NODES, done.stderr
+    failed = run("train.sbatch", "a.yaml", commands=commands, **job)
+    assert failed.returncode != 0
+    assert "n1 has no IPv4 address but loopback here; set it to an address of that node" in failed.stderr
 
 
 @pytest.mark.parametrize("recipe", MODELS)
