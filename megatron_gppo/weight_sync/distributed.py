@@ -6,6 +6,10 @@ belongs to certain engine processes: when one of them ends, or a new one is ther
 Nothing here waits without limit. An engine that fails ends the wait for it at once: what may block in the group runs in a
 daemon thread, and the main thread watches it and the engines' answers. As nobody can leave a group that is waiting for a
 broadcast, one lost engine ends it for all; the others answer with an error then, which is not their fault.
+
+Unless it is lost in the middle of a bucket: gloo forgets a message of which a part has come (Pair::signalException tells
+only those that have none yet), and NCCL waits for the rest, too. An engine that then does not answer is lost with it, and
+started again; and this side's end of gloo's group waits for its own time limit.
 """
 
 import time

@@ -1,6 +1,5 @@
 """The control endpoints of one SGLang server that a weight update needs, as plain blocking HTTP calls."""
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -230,22 +229,14 @@ class WeightEndpoint:
         logprobs = answer["meta_info"]["input_token_logprobs"]
         return torch.tensor([logprob for logprob, _, _ in logprobs[1:]], dtype=torch.float32)
 
-    def chosen_experts(self, token_ids: Sequence[int], num_layers: int) -> torch.Tensor | None:
-        """The experts that each token but the last goes to: [L-1, layers, k] int64, ids ascending.
-
-        None where the server was not started with --enable-return-routed-experts.
-        """
+    def chosen_experts(self, token_ids: Sequence[int]) -> Any:
+        """What /generate answers when it is asked for the experts of these tokens, too: see routing.read_experts."""
         body = {
             "input_ids": list(token_ids),
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             "return_routed_experts": True,
         }
-        encoded = self._call("/generate", body)["meta_info"].get("routed_experts")
-        if encoded is None:
-            return None
-        flat = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.int32)
-        of_tokens = flat.reshape(-1, num_layers, len(flat) // (len(token_ids) * num_layers))
-        return of_tokens[: len(token_ids) - 1].long().sort().values
+        return self._call("/generate", body)
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON that _request answers."""

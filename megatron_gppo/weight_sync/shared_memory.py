@@ -3,6 +3,8 @@
 On the CPU it is shared memory, and engines must run on rank 0's machine. On GPUs they are CUDA IPC handles. An engine that
 shares the trainer's GPUs has each TP rank on the GPU of some rank of the trainer, on any machine: so every bucket is
 broadcast to all ranks of the trainer, each makes a handle for its copy, and rank 0 gives every engine those of its GPUs.
+An engine's answer means that the memory may be written again: torch has a process wait for its copies before it lets a
+handle's memory go.
 
 What SGLang unpickles is {"flattened_tensor": uint8 tensor, "metadata": [name, shape, dtype, start_idx, end_idx, numel]}. It
 allows few classes in it; a SimpleNamespace has the fields that it reads.

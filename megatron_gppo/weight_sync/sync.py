@@ -1,11 +1,13 @@
 """Weight sync as the training loop sees it: one object, called by every rank in lockstep."""
 
+import ipaddress
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -23,13 +25,13 @@ from megatron_gppo.weight_sync.endpoint import Checksums, WeightEndpoint
 from megatron_gppo.weight_sync.export import Exporter
 from megatron_gppo.weight_sync.fleet import EnginesGoneError, Fleet, SyncedEngines
 from megatron_gppo.weight_sync.push import push
+from megatron_gppo.weight_sync.routing import read_experts, unlike
 from megatron_gppo.weight_sync.sample import RollingSample
 from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_gppo.weight_sync.transport import SendAgainError, Transport
-from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs, unlike
+from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs
 
 T = TypeVar("T")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DISK_FOLDER = "weights"  # in run.dir
 # Mean absolute difference of the probe's log-probs, in nats.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -83,6 +85,7 @@ class WeightSync:
         self._synced: list[str] = []  # URLs of the engines that hold the weights of the last sync; on rank 0
         self._syncs = 0
         self._started = False
+        self._warned_of_experts = False
 
     def sync(self, shards: Mapping[str, Tensor], version: int) -> SyncStats:
         """Gives the policy's weights to every engine, as `version`, and checks a sample of them, or all if it is time.
@@ -134,14 +137,15 @@ class WeightSync:
     def routing_difference(self, token_ids: Sequence[int], chosen: torch.Tensor) -> float | None:
         """Share of the experts chosen by the policy (`chosen`, [L, layers, k]) that an engine does not choose for the same tokens.
 
-        The largest of the engines'; None where none of them says.
+        The largest of the engines'; None where none of them says. Only a metric depends on it, so an answer that cannot be
+        read loses no engine: it is left out, with one warning a run.
         """
 
         def compare() -> float | None:
             head = token_ids[: len(chosen)]
-            by_url = self._ask(self._synced, "routing", lambda endpoint: endpoint.chosen_experts(head, chosen.shape[1]))
-            differences = [unlike(chosen[: len(engine)], engine) for engine in by_url.values() if engine is not None]
-            return max(differences, default=None)
+            answers = self._ask(self._synced, "routing", lambda endpoint: endpoint.chosen_experts(head))
+            experts = [self._read_experts(url, answer, chosen.shape) for url, answer in answers.items()]
+            return max((unlike(chosen, of_engine) for of_engine in experts if of_engine is not None), default=None)
 
         return self._parallel.from_rank_0(compare)
 
@@ -251,6 +255,20 @@ class WeightSync:
             return {endpoint.url: answer for endpoint, answer in fleet.on_all(phase, call).items()}
         return {}
 
+    def _read_experts(self, url: str, answer: Any, shape: Sequence[int]) -> Tensor | None:
+        try:
+            return read_experts(answer, shape)
+        except ValueError as error:
+            if not self._warned_of_experts:
+                print(
+                    f"warning: engine/routing_difference leaves out {url}, which does not say which experts it chooses: "
+                    f"{error}. Fix: serve the policy's model there, with the SGLang version in requirements/",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._warned_of_experts = True
+            return None
+
     def _buckets(self, shards: Mapping[str, Tensor], urls: Sequence[str], phases: Phases) -> Iterator[Bucket | None]:
         """The export, with every bucket where the transport wants it. Must be exhausted by every rank."""
         assert self._exporter is not None
@@ -264,7 +282,7 @@ class WeightSync:
         urls = self._engines.to_sync(self._on_progress)
         host = self._config.host
         for url in urls if self._config.transport == "distributed" else []:
-            if host in LOOPBACK and urlsplit(url).hostname not in LOOPBACK:
+            if _is_loopback(host) and not _is_loopback(urlsplit(url).hostname or ""):
                 raise ConfigError(
                     f"sync.host = {host} cannot be reached from the engine at {url}. Fix: set sync.host to an address of "
                     f"rank 0's machine"
@@ -292,6 +310,13 @@ class WeightSync:
             self._synced = [url for url in self._synced if url not in fleet.failed]
             for url, why in fleet.failed.items():
                 self._engines.lost(url, why)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback  # all of 127.*, where hosts files have a host's own name
+    except ValueError:
+        return host == "localhost"
 
 
 def _make_transport(config: Config, parallel: ParallelState) -> Transport:

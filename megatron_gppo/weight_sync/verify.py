@@ -53,9 +53,3 @@ def compare_logprobs(url: str, engine: Tensor, policy: Tensor, tolerance: float)
 def listed(names: Sequence[object]) -> str:
     more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
     return ", ".join(map(str, names[:NAMED_AT_MOST])) + more
-
-
-def unlike(one: Tensor, other: Tensor) -> float:
-    """[L, layers, k] twice, the experts that each token goes to: the share of the one's that is not among the other's."""
-    same = (one[..., None] == other[..., None, :]).any(-1)
-    return 1.0 - same.float().mean().item()

@@ -19,9 +19,13 @@ from tests.support.training import PROBE, check_learned, hf_logprobs, put_back, 
 LAYOUTS = [
     ("Qwen3ForCausalLM", 4, ["parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true"]),
     ("Qwen3ForCausalLM", 4, ["parallel.pp=2", "parallel.cp=2"]),
+    ("Qwen3ForCausalLM", 4, ["parallel.tp=2", "parallel.sequence_parallel=true"]),  # as the 8B recipe, and dp 2
     ("Qwen3MoeForCausalLM", 2, ["parallel.cp=2", "parallel.ep=2"]),
     ("Qwen3MoeForCausalLM", 4, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "parallel.sequence_parallel=true"]),
     ("Qwen3MoeForCausalLM", 4, ["parallel.pp=2", "parallel.vpp=2", "parallel.ep=2"]),  # and dp 2
+    # As the 30B recipe: experts over ranks that differ in tp and dp; and copies of them, which share their optimizer state.
+    ("Qwen3MoeForCausalLM", 4, ["parallel.tp=2", "parallel.ep=4", "parallel.sequence_parallel=true"]),
+    ("Qwen3MoeForCausalLM", 4, ["parallel.tp=2", "parallel.ep=2", "parallel.sequence_parallel=true"]),
 ]
 
 

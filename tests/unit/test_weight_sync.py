@@ -3,9 +3,11 @@
 That weights really arrive in SGLang is shown in tests/e2e/test_weight_sync.py.
 """
 
+import base64
 import itertools
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +28,8 @@ from megatron_gppo.weight_sync.distributed import DistributedTransport
 from megatron_gppo.weight_sync.endpoint import EngineTensor, WeightEndpoint
 from megatron_gppo.weight_sync.export import Exporter
 from megatron_gppo.weight_sync.fleet import Fleet
-from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs, unlike
+from megatron_gppo.weight_sync.routing import read_experts, unlike
+from megatron_gppo.weight_sync.verify import check_reset, check_restored, compare_logprobs
 from tests.support.policy_shards import SINGLE
 from tests.support.synced_engines import GivenEngines
 
@@ -146,9 +149,11 @@ def test_logprobs_that_differ(engine: torch.Tensor, message: str) -> None:
         compare_logprobs("http://e", engine, torch.tensor([-1.0, -2.0]), 1e-4)
 
 
-def test_loopback_cannot_be_reached_from_another_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "localhost"])
+def test_loopback_cannot_be_reached_from_another_machine(tmp_path: Path, host: str) -> None:
     config = parse_config(
         {
+            "sync": {"host": host},
             "model": {"hf_path": str(tmp_path)},
             "run": {"dir": str(tmp_path)},
             "data": {"train": "unused"},
@@ -156,7 +161,7 @@ def test_loopback_cannot_be_reached_from_another_machine(tmp_path: Path) -> None
         }
     )
     with pytest.raises(
-        ConfigError, match=r"sync.host = 127.0.0.1 cannot be reached from .*10.0.0.5.* Fix: set sync.host"
+        ConfigError, match=rf"sync.host = {host} cannot be reached from .*10.0.0.5.* Fix: set sync.host"
     ):
         WeightSync(config, ARCHITECTURE, SINGLE, GivenEngines("http://10.0.0.5:30000")).sync(make_model()[1], 1)
 
@@ -232,14 +237,20 @@ class Peer:
 
 
 @pytest.fixture
-def peer() -> Iterator[Peer]:
-    peer = Peer()
-    yield peer
-    for answer in peer.answers.values():
-        if isinstance(answer, threading.Event):
-            answer.set()
-    peer.http.shutdown()
-    peer.http.server_close()
+def peers() -> Iterator[list[Peer]]:
+    peers = [Peer(), Peer()]
+    yield peers
+    for peer in peers:
+        for answer in peer.answers.values():
+            if isinstance(answer, threading.Event):
+                answer.set()
+        peer.http.shutdown()
+        peer.http.server_close()
+
+
+@pytest.fixture
+def peer(peers: list[Peer]) -> Peer:
+    return peers[0]
 
 
 def test_the_api_key_is_sent(peer: Peer) -> None:
@@ -338,3 +349,115 @@ def test_experts_are_compared_as_sets() -> None:
     assert unlike(policy, torch.tensor([[[3, 0], [1, 2]]])) == 0
     assert unlike(policy, torch.tensor([[[0, 1], [1, 2]]])) == 0.25
     assert unlike(policy, torch.tensor([[[1, 2], [0, 3]]])) == 1
+
+
+EXPERTS = torch.tensor([[[3, 0], [1, 2]], [[2, 1], [0, 1]], [[0, 1], [3, 2]]])  # 3 tokens, 2 layers, 2 of 4 experts
+
+
+def generated(experts: torch.Tensor) -> dict[str, Any]:
+    """As SGLang 0.5.23 answers: the experts of all tokens but the one that was generated."""
+    return {"meta_info": {"routed_experts": base64.b64encode(experts.numpy().tobytes()).decode()}}
+
+
+def test_the_experts_of_an_answer() -> None:
+    read = read_experts(generated(EXPERTS.int()), EXPERTS.shape)
+    assert read is not None
+    assert torch.equal(read, EXPERTS)
+
+
+def test_an_engine_that_does_not_say_which_experts() -> None:
+    assert read_experts({"meta_info": {}}, EXPERTS.shape) is None
+
+
+UNREADABLE = [
+    (generated(EXPERTS.long()), "96 bytes"),
+    (generated(EXPERTS.short()), "24 bytes"),
+    (generated(EXPERTS[:2].int()), "32 bytes"),
+    (generated(torch.zeros(47, dtype=torch.uint8)), "47 bytes"),
+    (generated(torch.zeros(0, dtype=torch.int32)), "0 bytes"),
+    ({"meta_info": {"routed_experts": "no base64!"}}, "'no base64!'"),
+    ({"meta_info": {"routed_experts": EXPERTS.tolist()}}, r"\[\[\[3, 0\], "),
+    ({"text": "a"}, "{'text': 'a'}"),
+    ([], r"\[\]"),
+]
+
+
+@pytest.mark.parametrize(("answer", "came"), UNREADABLE)
+def test_an_answer_that_is_not_the_experts(answer: Any, came: str) -> None:
+    expected = "expected 48 bytes in base64, int32 of 3 tokens x 2 layers x 2 experts"
+    with pytest.raises(ValueError, match=f"{expected}; came {came}"):
+        read_experts(answer, EXPERTS.shape)
+
+
+@pytest.fixture
+def synced_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[WeightSync, GivenEngines]]:
+    """A sync whose engines, at these URLs, count as having the weights."""
+    monkeypatch.setattr(sync, "push", lambda *arguments, **settings: None)
+
+    def make(*urls: str) -> tuple[WeightSync, GivenEngines]:
+        config = parse_config(
+            {
+                "model": {"hf_path": str(tmp_path)},
+                "run": {"dir": str(tmp_path)},
+                "data": {"train": "unused"},
+                "algorithm": {"preset": "paper"},
+            }
+        )
+        engines = GivenEngines(*urls)
+        weight_sync = WeightSync(config, ARCHITECTURE, SINGLE, engines)
+        weight_sync.sync(make_model()[1], 1)
+        return weight_sync, engines
+
+    return make
+
+
+def test_the_policys_and_an_engines_experts_are_compared(
+    synced_with: Callable[..., tuple[WeightSync, GivenEngines]], peer: Peer
+) -> None:
+    peer.answers["/generate"] = (200, generated(EXPERTS.int()))
+    policy = EXPERTS.clone()
+    policy[0, 0] = torch.tensor([1, 2])
+    weight_sync, _ = synced_with(peer.url)
+    assert weight_sync.routing_difference([5, 6, 7, 8], policy) == pytest.approx(2 / 12)
+    ((_, body),) = peer.calls
+    assert body["input_ids"] == [5, 6, 7]
+    assert body["return_routed_experts"]
+
+
+@pytest.mark.parametrize(("answer", "came"), UNREADABLE)
+def test_unreadable_experts_lose_no_engine(
+    synced_with: Callable[..., tuple[WeightSync, GivenEngines]],
+    peer: Peer,
+    capsys: pytest.CaptureFixture[str],
+    answer: Any,
+    came: str,
+) -> None:
+    peer.answers["/generate"] = (200, answer)
+    weight_sync, engines = synced_with(peer.url)
+    for _ in range(2):
+        assert weight_sync.routing_difference([5, 6, 7], EXPERTS) is None
+    assert engines.failures == {}
+    warnings = capsys.readouterr().err
+    assert warnings.count("warning: ") == 1
+    assert re.search(f"warning: engine/routing_difference.* {peer.url}.*expected 48 bytes.*; came {came}", warnings)
+
+
+def test_an_engine_whose_experts_are_unreadable_does_not_hide_the_others(
+    synced_with: Callable[..., tuple[WeightSync, GivenEngines]], peers: list[Peer]
+) -> None:
+    unreadable, readable = peers
+    unreadable.answers["/generate"] = (200, generated(EXPERTS.short()))
+    readable.answers["/generate"] = (200, generated(EXPERTS.flip(0).int()))
+    weight_sync, _ = synced_with(unreadable.url, readable.url)
+    assert weight_sync.routing_difference([5, 6, 7], EXPERTS) == unlike(EXPERTS, EXPERTS.flip(0))
+
+
+def test_an_engine_that_refuses_to_say_which_experts_is_lost(
+    synced_with: Callable[..., tuple[WeightSync, GivenEngines]], peers: list[Peer]
+) -> None:
+    refusing, answering = peers
+    refusing.answers["/generate"] = (500, b"Internal Server Error")
+    answering.answers["/generate"] = (200, generated(EXPERTS.int()))
+    weight_sync, engines = synced_with(refusing.url, answering.url)
+    assert weight_sync.routing_difference([5, 6, 7], EXPERTS) == 0
+    assert list(engines.failures) == [refusing.url]
