@@ -270,7 +270,7 @@ class RolloutConfig(SamplingConfig):
     """dynamic_sampling: generate so many times the groups at once, and abort what is left when there are enough. Prompts of
     aborted groups come first in the next step. Favours prompts with short responses."""
     concurrency: PositiveInt = 256
-    """Requests in flight to each server; one request asks for a prompt's G responses."""
+    """Groups in flight to each server; one request asks for a prompt's G responses. An evaluation has as many responses in flight."""
     request_timeout_s: PositiveFloat = 1800.0
     """Limit for one request, generation included."""
     max_retries: Annotated[int, Field(ge=0)] = 3
@@ -293,6 +293,11 @@ class RolloutConfig(SamplingConfig):
     """managed: further arguments of sglang.launch_server, as {mem_fraction_static: 0.8}."""
     logprob_alarm: PositiveFloat = 1.0
     """Warn, and keep the sample, when an engine log-prob differs from the policy's by more than this on average (nats per token)."""
+
+    @property
+    def responses_at_once(self) -> int:
+        """In flight to each server."""
+        return self.concurrency * self.responses_per_prompt
 
     @model_validator(mode="after")
     def _modes(self) -> "RolloutConfig":

@@ -45,6 +45,7 @@ TAGS: dict[str, str] = {
     "rollout/moved_requests": "requests that began anew on another engine, after theirs failed",
     "rollout/malformed_answers": "answers of engines that cannot be used, such as log-probs that are NaN",
     "rollout/lost_engines": "engines that died, hung or answered nonsense since the rollout before",
+    "rollout/lost_routers": "times that sglang-router failed since the rollout before; prompts then go to the engines directly for the rest of the run",
     "rollout/restarted_engines": "engines that serve again, with the current weights, since the rollout before",
     "rollout/serving_engines": "engines that serve, after the rollout",
     "rollout/aborted_groups": "groups that over-sampling had begun and did not need",

@@ -1,7 +1,10 @@
 """A step's results as the scalars and texts that metrics.TAGS documents."""
 
 import textwrap
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -24,6 +27,7 @@ EVENTS = {
     "moved_requests": "rollout/moved_requests",
     "malformed_answers": "rollout/malformed_answers",
     "lost_engines": "rollout/lost_engines",
+    "lost_routers": "rollout/lost_routers",
     "restarted_engines": "rollout/restarted_engines",
     "serving_engines": "rollout/serving_engines",
     "aborted_groups": "rollout/aborted_groups",
@@ -86,12 +90,25 @@ def rollout_scalars(step: int, rollout: Rollout) -> dict[str, float]:
 
 def staleness_scalars(step: int, responses: Sequence[Response]) -> dict[str, float]:
     """By how many versions tokens are older than the weights that the step starts from."""
-    ages = step - 1 - np.concatenate([np.asarray(response.policy_versions) for response in responses])
+    runs = [_version_runs(response.policy_versions) for response in responses]
+    tokens = Counter[int]()  # by age
+    for version, count in chain.from_iterable(runs):
+        tokens[step - 1 - version] += count
     return {
-        "rollout/staleness_mean": float(ages.mean()),
-        "rollout/staleness_max": float(ages.max()),
-        "rollout/mixed_responses": float(np.mean([len(set(response.policy_versions)) > 1 for response in responses])),
+        "rollout/staleness_mean": sum(age * count for age, count in tokens.items()) / tokens.total(),
+        "rollout/staleness_max": float(max(tokens)),
+        "rollout/mixed_responses": float(np.mean([len(of_response) > 1 for of_response in runs])),
     }
+
+
+def _version_runs(versions: Sequence[int]) -> list[tuple[int, int]]:
+    """(version, how many tokens) of versions that never fall. All ranks wait for this, so it does not look at every token."""
+    runs, start = [], 0
+    while start < len(versions):
+        end = bisect_right(versions, versions[start], start)
+        runs.append((versions[start], end - start))
+        start = end
+    return runs
 
 
 def update_scalars(updates: Sequence[UpdateStats]) -> dict[str, float]:

@@ -3,9 +3,13 @@
     python -m tools.bench_staleness [--dir runs/staleness] [--steps 30] [--trainer-core 0] [--engine-core 1] [section.key=value ...]
 
 One trainer rank and one engine, each on one core in every run, so that neither gains by the other's pauses. Seconds a step are
-means over all steps but the first two, in which a run that generates ahead has nothing ahead yet; the engine's busy share is the
-part of that time in which it has a request; the accuracy is avg@4 on held-out problems after the last step.
-From the repository's root, on Linux.
+means over all steps but the first two, in which a run that generates ahead has nothing ahead yet; the accuracy is avg@4 on
+held-out problems after the last step. From the repository's root, on Linux.
+
+bound: what a step takes when generation and training hide each other, max(rollout, score + train) of staleness 0 and the
+row's own sync.
+engine busy: share of the time in which the engine has a request and is not paused for a sync. A sync that meets no request is
+taken for one that does, so with staleness the engine is busy for at least this share.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -73,17 +78,32 @@ def call(command: list[str]) -> None:
     subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
 
 
-def row(staleness: int, curves: Curves) -> str:
-    """A line of the table."""
+def table(runs: Mapping[int, Curves]) -> list[str]:
+    """Its lines, by staleness."""
+    headings = ["staleness", *COLUMNS, "bound", "engine busy", "mean age", "accuracy"]
+    return [
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+        *(row(staleness, curves, runs.get(0)) for staleness, curves in runs.items()),
+    ]
 
-    def mean(tag: str) -> float:
-        return float(np.mean([value for step, value in curves[tag].items() if step > SKIPPED_STEPS]))
 
-    cells = [f"{mean(tag):.2f}" for tag in COLUMNS.values()]
-    busy = mean("seconds/generate") / mean("seconds/step")
+def row(staleness: int, curves: Curves, alternating: Curves | None) -> str:
+    cells = [f"{mean(curves, tag):.2f}" for tag in COLUMNS.values()]
+    sync, busy, bound = mean(curves, "seconds/sync"), mean(curves, "seconds/generate"), "-"
+    if staleness > 0:
+        busy -= sync
+        if alternating is not None:
+            training = mean(alternating, "seconds/score") + mean(alternating, "seconds/train")
+            bound = f"{max(mean(alternating, 'seconds/rollout'), training) + sync:.2f}"
     accuracy = curves["eval/average"][max(curves["eval/average"])]
-    age = f"{mean('rollout/staleness_mean'):.2f}"
-    return f"| {staleness} | {' | '.join(cells)} | {busy:.0%} | {age} | {accuracy:.1%} |"
+    age = f"{mean(curves, 'rollout/staleness_mean'):.2f}"
+    share = f"{busy / mean(curves, 'seconds/step'):.0%}"
+    return f"| {staleness} | {' | '.join(cells)} | {bound} | {share} | {age} | {accuracy:.1%} |"
+
+
+def mean(curves: Curves, tag: str) -> float:
+    return float(np.mean([value for step, value in curves[tag].items() if step > SKIPPED_STEPS]))
 
 
 def main() -> int:
@@ -96,10 +116,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
     build(options.dir)
-    rows = [row(staleness, train(options.dir, staleness, options)) for staleness in options.staleness]
-    print(f"\n| staleness | {' | '.join(COLUMNS)} | engine busy | mean age | accuracy |")
-    print("|---" * (len(COLUMNS) + 4) + "|")
-    print("\n".join(rows))
+    runs = {staleness: train(options.dir, staleness, options) for staleness in options.staleness}
+    print("", *table(runs), sep="\n")
     return 0
 
 

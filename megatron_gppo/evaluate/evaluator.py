@@ -96,10 +96,7 @@ class Evaluator:
     async def _generate(
         self, records: Records, policy_version: int | None, on_progress: Progress
     ) -> tuple[Counter[str], dict[str, float]]:
-        # As many responses in flight as in training.
-        responses = self._rollout.concurrency * self._rollout.responses_per_prompt
-        per_engine = max(1, responses // max(benchmark.samples for benchmark in self._benchmarks))
-        dispatcher = Dispatcher(self._engines, self._rollout, concurrency=per_engine)
+        dispatcher = Dispatcher(self._engines, self._rollout, concurrency=self._rollout.responses_at_once)
         wanted = sum(len(benchmark.prompts) for benchmark in self._benchmarks)
         done = sum(map(len, records.results.values()))
 

@@ -1,12 +1,20 @@
 """Requests to engines as their slots free up, away from engines that fail.
 
-What holds, and is tested: an engine has at most `concurrency` requests in flight, and a free slot never waits while a
-request does; all responses of one request come from one engine; a request whose engine dies, hangs or answers nonsense
+What holds, and is tested: an engine is sent a request while fewer than `concurrency` responses are in flight to it, and no request
+waits while that is so; all responses of one request come from one engine; a request whose engine dies, hangs or answers nonsense
 starts anew on another; an engine that was lost gets no request; when a piece of work fails, is cancelled or has enough,
 nothing of it goes on in the engines.
+
+Behind the router, `concurrency` is a mean over the engines, and a request that fails is nobody's fault that can be named.
+Sent through the router again it would reach the same engine: that one has its prompt cached. So from the first such failure
+on, the Dispatcher sends everything to the engines directly, which loses the one at fault as soon as it fails again. It need
+not be that request which finds it; what is still in flight behind the router then comes on top of `concurrency`. The next
+Dispatcher begins with the router again.
 """
 
 import asyncio
+import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -59,7 +67,9 @@ class Dispatcher:
         self._concurrency = concurrency
         self._health_timeout_s = config.health_timeout_s
         self._max_moves = config.max_retries
-        self._in_flight: Counter[Engine] = Counter()
+        self._past_router = False  # since something failed behind it
+        self._random = random.Random()  # its own: the state of the common one is in checkpoints
+        self._in_flight: Counter[Engine] = Counter()  # responses that are asked for
         self._lost: dict[Engine, asyncio.Future[str]] = {}  # of engines in use: set to the reason when they are lost
         self._connected: list[Engine] = []
         self._changed = asyncio.Condition()
@@ -112,9 +122,10 @@ class Dispatcher:
         Adds to counts "moved_requests", "malformed_answers" and what Engine.generate does. Raises EngineError when the
         request is rejected, or fails on engine after engine, or none is left; and EnginesNeedWeights.
         """
-        moves = 0
+        failed_engines = 0
         while True:
-            engine = await self._slot()
+            engine = await self._slot(n)
+            through_router = engine is self._engines.front()
             try:
                 responses = await self._generate_on(engine, prompt_ids, sampling, n, counts, staleness)
                 if policy_version is not None:
@@ -123,31 +134,36 @@ class Dispatcher:
             except EngineFaultError as fault:
                 counts["malformed_answers"] += isinstance(fault, MalformedAnswerError)
                 self._faulty(engine, str(fault))
-                if moves == self._max_moves:
+                failed_engines += not through_router
+                if failed_engines > self._max_moves:
                     raise EngineError(
-                        f"a request failed on {moves + 1} engines, one after the other (rollout.max_retries); the last: {fault}"
+                        f"a request failed on {failed_engines} engines, one after the other (rollout.max_retries); the last: {fault}"
                     ) from fault
             finally:
-                self._in_flight[engine] -= 1
+                self._in_flight[engine] -= n
                 async with self._changed:
                     self._changed.notify()
-            moves += 1
             counts["moved_requests"] += 1
 
-    async def _slot(self) -> Engine:
-        """An engine with a free slot, which it takes: that with most slots free."""
+    async def _slot(self, n: int) -> Engine:
+        """An engine that may be sent more, and now has n responses more in flight: that with fewest.
+
+        Of several at random: always the first would leave a bad one behind the router unasked, where little is asked.
+        """
         async with self._changed:
             while True:
                 serving = self._engines.serving()
                 if not serving and self._engines.prospect() == "needs weights":
                     raise EnginesNeedWeights
-                front = self._engines.front()
+                front = None if self._past_router else self._engines.front()
                 usable = [front] if front is not None and serving else serving
-                slots = self._concurrency * len(serving) if front is not None else self._concurrency
-                free = [engine for engine in usable if self._in_flight[engine] < slots]
+                at_most = self._concurrency * len(serving) if front is not None else self._concurrency
+                free = [engine for engine in usable if self._in_flight[engine] < at_most]
                 if free:
-                    engine = min(free, key=lambda engine: self._in_flight[engine])
-                    self._in_flight[engine] += 1
+                    engine = min(free, key=lambda engine: (self._in_flight[engine], self._random.random()))
+                    self._in_flight[engine] += n
+                    if len(free) > 1 or self._in_flight[engine] < at_most:
+                        self._changed.notify()  # a large request that ended has made room for several small ones
                     break
                 await self._changed.wait()
         await self._connect(engine)
@@ -182,11 +198,23 @@ class Dispatcher:
             except EngineFaultError as ended:
                 self._engines.lost(engine.url, str(ended))
             else:
-                return  # one of the engines behind it; which one, the watch finds out
+                self._pass_router(why)
+                return
         elif engine in self._engines.serving():
             self._engines.lost(engine.url, why)
         if (lost := self._lost.get(engine)) is not None and not lost.done():
             lost.set_result(why)
+
+    def _pass_router(self, why: str) -> None:
+        """See the module."""
+        if not self._past_router:
+            self._past_router = True
+            print(
+                f"warning: a request failed behind sglang-router, which does not say on which engine; for the rest of this "
+                f"rollout or evaluation prompts go to the engines directly: {why}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     async def _watch(self) -> None:
         """Finds engines that have ended or hang. Also lets requests look again for engines, which may come back."""
@@ -213,7 +241,7 @@ class Dispatcher:
     def _given_up(self) -> list[Engine]:
         """Engines that others found faulty, and that may never answer what is in flight there."""
         known = [*self._engines.serving(), self._engines.front()]
-        return [engine for engine, requests in self._in_flight.items() if requests and engine not in known]
+        return [engine for engine, responses in self._in_flight.items() if responses and engine not in known]
 
     async def _check_health(self, engine: Engine) -> None:
         """One check, after a while. An engine without work is left alone: it may be sleeping. So is one that was given

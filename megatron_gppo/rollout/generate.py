@@ -31,6 +31,7 @@ COUNTS = (
     "moved_requests",  # to another engine, after theirs failed
     "malformed_answers",
     "lost_engines",  # these three since the last step's rollout
+    "lost_routers",
     "restarted_engines",
     "serving_engines",  # now
     "aborted_groups",  # enough others were done; over-sampling only
@@ -185,7 +186,7 @@ class EngineRollouts:
         if self._under_way is None or self._under_way.step != step:
             self._under_way = _StepUnderWay(step, self._take(math.ceil(wanted * config.oversample)))
         so_far = self._under_way
-        dispatcher = Dispatcher(self._engines, config, concurrency=config.concurrency)
+        dispatcher = Dispatcher(self._engines, config, concurrency=config.responses_at_once)
         generator = GroupGenerator(
             dispatcher,
             self._judge,

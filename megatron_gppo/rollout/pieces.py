@@ -68,7 +68,7 @@ def parse_piece(item: Any) -> Piece:
         raise UnusableItemError(
             f"{len(token_ids)} output_ids and {len(logprob_ids)} output_token_logprobs do not pair up"
         )
-    if not all(isinstance(value, float | int) and math.isfinite(value) for value in logprobs):
+    if not _are_finite(logprobs):
         raise UnusableItemError("a log-prob is not a finite number")
     if reason == "abort":
         # Without its last token, which may be an EOS that the abort came before.
@@ -101,3 +101,11 @@ def _version(name: Any) -> int:
         raise UnusableItemError(
             f"weight_version = {name!r} is not a number. Fix: start the server without --weight-version"
         ) from None
+
+
+def _are_finite(values: list[Any]) -> bool:
+    """Whether all are finite numbers. By a map: there is one for every token."""
+    try:
+        return all(map(math.isfinite, values))
+    except TypeError:
+        return False

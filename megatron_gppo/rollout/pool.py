@@ -113,7 +113,7 @@ class EnginePool:
         return self._quiet_since
 
     def take_counts(self) -> dict[str, int]:
-        """lost_engines and restarted_engines (served again) since the last call, and serving_engines now."""
+        """lost_engines, lost_routers and restarted_engines (served again) since the last call, and serving_engines now."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
             return dict(counts) | {"serving_engines": len(self.serving())}

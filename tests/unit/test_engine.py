@@ -266,8 +266,8 @@ def without(key: str) -> dict[str, Any]:
         (answer(output_token_logprobs=[[-0.5, 8, None]]), "2 output_ids and 1 output_token_logprobs do not pair up"),
         (answer(output_token_logprobs=[[-0.5, 8, None], [-0.5, 9, None]]), "do not pair up"),
         (answer(()), "0 output_ids and 0 output_token_logprobs"),
-        (answer(output_token_logprobs=[[-0.5, 8, None], [float("nan"), 1, None]]), "not a finite number"),
-        (answer(output_token_logprobs=[[-0.5, 8, None], [None, 1, None]]), "not a finite number"),
+        (answer(output_token_logprobs=[[-0.5, 8, None], [float("nan"), 1, None]]), "the answer is not JSON"),
+        (answer(output_token_logprobs=[[-0.5, 8, None], [None, 1, None]]), "not a finite number"),  # SGLang's NaN
         (answer(finish_reason={"type": "stop", "matched": "NaN happened"}), "finish_reason stop, matched 'NaN happened'"),
         (spans((3, 0, 1), (4, 1, 3)), "malformed answer: weight_versions = .* are not of 2 tokens"),
         (spans((3, 0, 1)), "are not of 2 tokens"),

@@ -1,5 +1,6 @@
 import gc
 import json
+import random
 
 import pytest
 
@@ -11,7 +12,7 @@ def test_parses_and_leaves_the_collector_as_it_was() -> None:
     assert gc.isenabled()
     assert parse_json('{"a": [1, -2.5, null]}') == {"a": [1, -2.5, None]}
     assert gc.isenabled()
-    with pytest.raises(ValueError, match="Expecting"):
+    with pytest.raises(ValueError, match="line 1"):
         parse_json("[1,")
     assert gc.isenabled()
     gc.disable()
@@ -23,8 +24,18 @@ def test_parses_and_leaves_the_collector_as_it_was() -> None:
 
 
 def test_no_collection_runs_while_it_parses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json, "loads", lambda text: gc.isenabled())
+    monkeypatch.setattr("orjson.loads", lambda text: gc.isenabled())
     assert parse_json("[]") is False
+
+
+def test_numbers_are_those_that_json_reads() -> None:
+    """Log-probs are the engine's, to the bit."""
+    draw = random.Random(0)
+    answer = {
+        "text": "\u00fc \u4e2d \U0001f600",
+        "logprobs": [-draw.expovariate(2.0) for _ in range(1000)] + [-1e-300, 0],
+    }
+    assert parse_json(json.dumps(answer)) == answer
 
 
 def test_a_rollout_has_a_short_repr() -> None:

@@ -2,7 +2,9 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -126,6 +128,7 @@ def test_rollout_scalars() -> None:
         "rollout/moved_requests": 0,
         "rollout/malformed_answers": 0,
         "rollout/lost_engines": 0,
+        "rollout/lost_routers": 0,
         "rollout/restarted_engines": 0,
         "rollout/serving_engines": 0,
         "rollout/aborted_groups": 0,
@@ -146,6 +149,38 @@ def test_ages_are_of_tokens() -> None:
         "rollout/staleness_max": 2.0,
         "rollout/mixed_responses": pytest.approx(1 / 3),
     }
+
+
+class CountedReads(Sequence[int]):
+    """Versions by token that count how many of them were looked at."""
+
+    def __init__(self, versions: list[int]) -> None:
+        self.versions, self.reads = versions, 0
+
+    def __len__(self) -> int:
+        return len(self.versions)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        return self.versions[index]
+
+
+def test_staleness_does_not_read_every_token() -> None:
+    versions = CountedReads([4] * 10_000 + [5] * 6_384)
+    response = Response([7] * 16_384, [-0.1] * 16_384, "", "length", cast(list[int], versions))
+    scalars = staleness_scalars(6, [response] * 4)
+    assert scalars["rollout/staleness_mean"] == pytest.approx(10_000 / 16_384)
+    assert versions.reads < 4 * 100
+
+
+def test_staleness_of_any_runs_of_versions() -> None:
+    rng = np.random.default_rng(0)
+    versions = [sorted(rng.integers(0, 4, size=rng.integers(1, 30)).tolist()) for _ in range(50)]
+    scalars = staleness_scalars(4, [Response(each, [], "", "stop", each) for each in versions])
+    ages = 3 - np.concatenate(versions)
+    assert scalars["rollout/staleness_mean"] == pytest.approx(ages.mean())
+    assert scalars["rollout/staleness_max"] == ages.max()
+    assert scalars["rollout/mixed_responses"] == np.mean([len(set(each)) > 1 for each in versions])
 
 
 def test_every_event_that_a_rollout_counts_is_logged() -> None:

@@ -356,3 +356,4 @@ def test_without_the_router_generation_goes_on(how: str) -> None:
         assert pool.front() is None
         assert urls(pool) == ["http://a-1"]
         assert router.closed
+        assert pool.take_counts() == {"lost_routers": 1, "serving_engines": 1}
