@@ -1,11 +1,12 @@
 """Time and peak memory of log-probs and entropy, ours beside others', LM head included.
 
-    python tools/bench_logprobs.py                                       # on a CPU with 24 GB about ten minutes
+    python tools/bench_logprobs.py
     python tools/bench_logprobs.py --cases 16384,151936,1536,bf16        # tokens, vocabulary, hidden size, dtype[, threads]
     python tools/bench_logprobs.py --cases 1024,32768,1536,fp32,1        # seconds of CPU, for a machine that is not quiet
 
-Without --cases: on CUDA every size that the README names; on a CPU those up to 4,096 tokens, and one of one thread. bf16 on
-a CPU without instructions for it takes the rows other than ours minutes, so that its cases have to be small there.
+Without --cases: on CUDA 1,024 to 16,384 tokens, two vocabularies, two hidden sizes and both dtypes; on a CPU up to 4,096
+tokens, and one case of the larger hidden size. bf16 on a CPU without instructions for it takes the rows other than ours some
+seventy times as long as ours, so that it has one small case there.
 
 Times are the least of repeats in which the rows take turns: what other work on the machine adds is no row's. With one
 thread they are seconds of CPU, which other processes hardly change; with more, and on CUDA, of the wall's clock. A row's
@@ -14,10 +15,12 @@ and for the backward less the two returned gradients.
 """
 
 import argparse
+import ctypes
 import itertools
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -35,6 +38,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megatron_gppo.algorithm import linear_logprobs_and_entropy, vocab_parallel_logprobs_and_entropy
+from megatron_gppo.algorithm.output_layer import has_bf16_instructions
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CUDA else "cpu"
@@ -42,6 +46,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STATUS = Path("/proc/self/status")
 TOKENS_PER_CHUNK = 512
 MIB = 2**20
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,11 @@ def default_cases() -> list[Case]:
     if ON_CUDA:
         sizes = itertools.product((1024, 4096, 16384), (32768, 151936), (1536, 3584), DTYPES)
         return [Case(*size, threads=1) for size in sizes]
-    cores = len(os.sched_getaffinity(0))
-    sizes = itertools.product((1024, 4096), (32768, 151936), (1536,), DTYPES)
-    cases = [Case(*size, threads=cores) for size in sizes]
-    cases += [Case(1024, 151936, 3584, "bf16", cores)]
-    return cases + [Case(1024, 151936, 1536, dtype, 1) for dtype in DTYPES if cores > 1]
+    dtypes = ("fp32", "bf16") if has_bf16_instructions() else ("fp32",)
+    cpu_sizes = [*itertools.product((1024, 4096), (32768, 151936), (1536,), dtypes), (1024, 32768, 3584, "fp32")]
+    if "bf16" not in dtypes:
+        cpu_sizes.append((256, 8192, 1536, "bf16"))
+    return [Case(*size, threads=len(os.sched_getaffinity(0))) for size in cpu_sizes]
 
 
 # Each takes hidden [T, H], weight [V, H] and targets [T], and returns log-probs [T] and whatever else it computes.
@@ -234,7 +239,8 @@ def _warm_up(case: Case, method: Method) -> None:
         store = dist.HashStore()
         dist.init_process_group("nccl" if ON_CUDA else "gloo", store=store, rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
-    method(*_inputs(Case(64, 256, 128, case.dtype, case.threads)))[0].sum().backward()
+    logprobs, _ = method(*_inputs(Case(64, 256, 128, case.dtype, case.threads)))
+    logprobs.backward(torch.ones_like(logprobs))  # given a gradient, torch imports 30 MB more
 
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,7 +276,8 @@ def _reset_peak() -> None:
 
 def _in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result, or None when it ran out of memory."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except (BrokenProcessPool, MemoryError):
@@ -279,6 +286,13 @@ def _in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
             if "memory" not in str(error):
                 raise
             return None
+
+
+def _end_with(parent: int) -> None:
+    """Also when that is killed: a measurement may go on for many minutes, and would slow the next one."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -298,6 +312,7 @@ def run_case(case: Case, repeats: int, budget_s: float) -> dict[str, Row]:
     fitting = [method for method, peak in memory.items() if peak is not None]
     times = _in_new_process(measure_times, case, fitting, repeats, budget_s)
     if times is None:
+        print(f"\n{case}; no times, out of memory\n")
         return {}
 
     matmuls, fastest_matmuls = min(times.matmuls), min(times.fastest_matmuls)
@@ -326,9 +341,7 @@ def print_table(case: Case, rows: dict[str, Row]) -> None:
             f"{row.both_s:.2f}",
             f"{row.matmuls:.2f}",
             f"{row.fastest_matmuls:.2f}",
-            f"{row.memory.forward / MIB:,.0f}",
-            f"{row.memory.backward / MIB:,.0f}",
-            f"{row.memory.backward / case.logits_bytes:.3f}",
+            *_memory_cells(case, row.memory),
         ]
         if (row := rows.get(method))
         else [method, *["out of memory"] * 7]
@@ -343,13 +356,19 @@ def print_memory(cases: Sequence[Case]) -> None:
     lines = []
     for case in cases:
         peak = _in_new_process(measure_memory, case, "linear_logprobs_and_entropy")
-        cells = [
-            f"{peak.forward / MIB:,.0f}",
-            f"{peak.backward / MIB:,.0f}",
-            f"{peak.backward / case.logits_bytes:.3f}",
-        ]
-        lines.append([str(case), *cells])
+        lines.append([str(case), *_memory_cells(case, peak)])
     _print_lines([head, *lines])
+
+
+def _memory_cells(case: Case, peak: Memory | None) -> list[str]:
+    """As the last three columns have them. None: there was not enough."""
+    if peak is None:
+        return ["out of memory"] * 3
+    return [
+        f"{peak.forward / MIB:,.0f}",
+        f"{peak.backward / MIB:,.0f}",
+        f"{peak.backward / case.logits_bytes:.3f}",
+    ]
 
 
 def print_growth(results: dict[Case, dict[str, Row]]) -> None:

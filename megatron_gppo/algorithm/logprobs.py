@@ -47,7 +47,7 @@ def linear_logprobs_and_entropy(
 
     Beside the inputs, O(T) is kept for the backward. The working memory is one tile, [T, 4096] of the inputs' dtype, and two
     to four times [T, H]. For bf16 on CUDA, the tile also in fp32; on a CPU without instructions for bf16, all of it in fp32,
-    and twice [4096, H].
+    and [4096, H].
 
     Args:
         hidden: [T, H] fp32 or bf16; [T/TP, H], the rank's share of the tokens, when sequence_parallel.
@@ -112,7 +112,8 @@ def vocab_parallel_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """linear_logprobs_and_entropy for callers who have logits: [T, V/TP] fp32 or bf16, not yet divided by temperature.
 
-    The logits are never modified, and are what is kept for the backward. Logits of -inf have probability 0.
+    The logits are never modified, and are what is kept for the backward. Logits of -inf have probability 0. Where all of a
+    token are, its log-prob is -inf, its entropy 0, and its gradient finite, as for a target of -inf beside other logits.
     The other arguments, the results and the errors are those of linear_logprobs_and_entropy.
     """
     _check_options(temperature, with_entropy, entropy_requires_grad)
@@ -152,7 +153,7 @@ class _LinearLogprobs(torch.autograd.Function):
         softmax = sums.over_ranks()
         ctx.save_for_backward(hidden, weight, targets, centre_values, *softmax.kept(entropy_requires_grad))
         ctx.shard, ctx.tiles, ctx.gather_group = shard, tiles, gather_group
-        ctx.temperature, ctx.main_grad = temperature, main_grad
+        ctx.temperature, ctx.main_grad, ctx.dtype = temperature, main_grad, hidden.dtype
         if softmax.entropy is not None and not entropy_requires_grad:
             ctx.mark_non_differentiable(softmax.entropy)
         return softmax.logprobs, softmax.entropy
@@ -160,31 +161,38 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, centre, *kept = ctx.saved_tensors
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        shard, softmax = ctx.shard, Softmax(*kept)
-        operand = operand_of(_gather_tokens(hidden, ctx.gather_group))
-        gradient = LogitGradient(softmax, targets, shard, ctx.temperature, grad_logprobs, grad_entropy, centre=centre)
-        of_hidden = HiddenGradient(weight, targets, gradient.of_targets, shard) if needs_hidden else None
-        of_weight = WeightGradient(operand, weight, shard, ctx.main_grad) if needs_weight else None
-        weight_tiles = WeightTiles(weight, operand.dtype)
-        tile_logits = TileLogits(operand, len(weight), centre)
-        for tile in ctx.tiles:
-            weight_tile = weight_tiles(tile.columns)
-            logits = tile_logits(weight_tile)
-            grad = logits if logits.dtype == operand.dtype else torch.empty_like(logits, dtype=operand.dtype)
-            gradient.write(logits, tile, out=grad)
-            if of_hidden is not None:
-                of_hidden.add(grad, weight_tile)
-            if of_weight is not None:
-                gradient.write_targets(tile, out=grad)
-                of_weight.add(grad, tile.columns)
-            del grad  # or it would exist beside the next one
-        grad_hidden = None
-        if of_hidden is not None:
-            grad_hidden = _sum_over_ranks(of_hidden.sum, shard.group, ctx.gather_group).to(hidden.dtype)
-        grad_weight = None if of_weight is None else of_weight.result
+        grad_hidden, grad_weight = _linear_gradients(ctx, grad_logprobs, grad_entropy)
+        if grad_hidden is not None:
+            grad_hidden = _sum_over_ranks(grad_hidden, ctx.shard.group, ctx.gather_group).to(ctx.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
+
+
+def _linear_gradients(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of hidden, [T, H] fp32 and this rank's part of the sum, and of the weight, where each is asked for.
+
+    A function of its own, so that the memory of the tiles is free when hidden's gradient is copied to hidden's dtype.
+    """
+    hidden, weight, targets, centre, *kept = ctx.saved_tensors
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    shard, softmax = ctx.shard, Softmax(*kept)
+    operand = operand_of(_gather_tokens(hidden, ctx.gather_group))
+    gradient = LogitGradient(softmax, targets, shard, ctx.temperature, grad_logprobs, grad_entropy, centre=centre)
+    weight_tiles = WeightTiles(weight, operand.dtype)
+    tile_logits = TileLogits(operand, len(weight), centre)
+    of_hidden = HiddenGradient(weight, targets, gradient.of_targets, shard) if needs_hidden else None
+    of_weight = WeightGradient(operand, weight, shard, ctx.main_grad, weight_tiles.memory) if needs_weight else None
+    for tile in ctx.tiles:
+        weight_tile = weight_tiles(tile.columns)
+        logits = tile_logits(weight_tile)
+        grad = logits if logits.dtype == operand.dtype else torch.empty_like(logits, dtype=operand.dtype)
+        gradient.write(logits, tile, out=grad)
+        if of_hidden is not None:
+            of_hidden.add(grad, weight_tile)
+        if of_weight is not None:
+            gradient.write_targets(tile, out=grad)
+            of_weight.add(grad, tile.columns)  # ends weight_tile
+        del grad  # or it would exist beside the next one
+    return None if of_hidden is None else of_hidden.sum, None if of_weight is None else of_weight.result
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -250,8 +258,11 @@ def _without_single_rank(group: dist.ProcessGroup | None) -> dist.ProcessGroup |
 
 
 def _check_options(temperature: float, with_entropy: bool, entropy_requires_grad: bool) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature = {temperature}. Fix: pass a positive number")
+    largest = torch.finfo(torch.float32).max  # logits are multiplied by the reciprocal, in fp32
+    if not 1.0 / largest <= temperature <= largest:
+        raise ValueError(
+            f"temperature = {temperature}. Fix: pass a positive number; it and its reciprocal must fit fp32"
+        )
     if entropy_requires_grad and not with_entropy:
         raise ValueError("entropy_requires_grad = True with with_entropy = False. Fix: set both, or neither")
 

@@ -40,16 +40,16 @@ class WeightTiles:
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         """weight: [V/TP, H]. dtype: that of operand_of(hidden)."""
         self._weight = weight
-        self._memory = None
+        self.memory = None  # of the tile, where it is a copy
         if dtype != weight.dtype:
-            self._memory = _memory(weight, weight.shape[1], len(weight), dtype)
+            self.memory = _memory(weight, weight.shape[1], len(weight), dtype)
 
     def __call__(self, columns: slice) -> Tensor:
         """[C, H]. Good until the next call."""
         rows = self._weight[columns]
-        if self._memory is None:
+        if self.memory is None:
             return rows
-        return _matrix(self._memory, len(rows), rows.shape[1]).copy_(rows)
+        return _matrix(self.memory, len(rows), rows.shape[1]).copy_(rows)
 
 
 def centre_of(
@@ -104,8 +104,9 @@ class HiddenGradient:
         self._product: Tensor | None = None
         place, is_inside = shard.find(targets)
         for some in _slices(len(targets)):
-            rows = weight[place[some]] * of_targets[some, None]
-            self.sum[some] = torch.where(is_inside[some, None], rows, 0.0)
+            # In their place: of further copies of such sizes the C library's allocator keeps 10 MiB and more.
+            rows = self.sum[some].copy_(weight[place[some]])
+            rows.mul_(of_targets[some, None]).masked_fill_(~is_inside[some, None], 0.0)
 
     def add(self, grad: Tensor, weight: Tensor) -> None:
         """grad: [T, C], 0 for the targets. weight: [C, H] of the same dtype."""
@@ -122,15 +123,27 @@ class HiddenGradient:
 class WeightGradient:
     """grad.T @ hidden, tile by tile: written to a new tensor, or added to an fp32 one."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabularyShard, main_grad: Tensor | None) -> None:
-        """hidden: [T, H] as operand_of gives it. main_grad: [V/TP, H] fp32 to add to; without it result is the gradient."""
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        shard: VocabularyShard,
+        main_grad: Tensor | None,
+        tile_memory: Tensor | None,
+    ) -> None:
+        """hidden: [T, H] as operand_of gives it. main_grad: [V/TP, H] fp32 to add to; without it result is the gradient.
+
+        tile_memory: WeightTiles.memory, which add() may write to.
+        """
         self._hidden, self._adds = hidden, main_grad is not None
         self.result = None if main_grad is not None else torch.empty_like(weight)
         if self.result is not None:
             self.result[shard.num_columns :] = 0
         self._all_rows = main_grad if self.result is None else self.result
         self._transposed_hidden = hidden.t().contiguous() if _is_bf16_on_cpu(hidden) else None
-        self._memory = _memory(hidden, hidden.shape[1], len(weight)) if _is_bf16_on_cpu(weight) else None
+        self._memory = tile_memory
+        if tile_memory is None and _is_bf16_on_cpu(weight):
+            self._memory = _memory(hidden, hidden.shape[1], len(weight))
 
     def add(self, grad: Tensor, columns: slice) -> None:
         """grad: [T, C], hidden's dtype."""

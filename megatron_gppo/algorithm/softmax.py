@@ -95,6 +95,8 @@ class SoftmaxSums:
             dist.all_reduce(parts, group=self._group)
             target_logit, exp_sum = parts[:2]
             weighted_sum = parts[-1]
+        # Of a row of nothing but -inf: its log-prob is -inf then, and its entropy and p are 0, not NaN.
+        exp_sum = exp_sum.masked_fill(exp_sum == 0.0, 1.0)
         log_sum = exp_sum.log()
         entropy = log_sum - weighted_sum / exp_sum if self._with_entropy else None
         return Softmax(target_logit - maximum - log_sum, maximum, exp_sum, entropy)

@@ -14,7 +14,12 @@ from torch import Tensor
 from megatron_gppo.algorithm.tile_passes import LOWEST_SHIFTED_LOGIT
 from megatron_gppo.algorithm.vocabulary import COLUMNS_PER_TILE
 
-WARPS = 8  # 16 logits a thread at the most, which stay in registers
+LAUNCH_OPTIONS: dict[str, Any] = {
+    "num_warps": 8,  # 16 logits a thread at the most, which stay in registers
+    # x * inverse_temperature - maximum in one rounding would not be 0 for the largest logit, but what the product's own
+    # rounding took from the maximum: of large logits enough for e^ of it to overflow.
+    "enable_fp_fusion": False,
+}
 _LOWEST_SHIFTED: tl.constexpr = tl.constexpr(LOWEST_SHIFTED_LOGIT)
 _LOWEST_FINITE: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -59,7 +64,7 @@ def _launch(kernel: Any, logits: Tensor, *arguments: Any, **constants: Any) -> N
         return
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         kernel[(num_tokens,)](
-            logits, *arguments, **constants, BLOCK=triton.next_power_of_2(num_columns), num_warps=WARPS
+            logits, *arguments, **constants, BLOCK=triton.next_power_of_2(num_columns), **LAUNCH_OPTIONS
         )
 
 
@@ -76,7 +81,7 @@ def _sum_row(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK).to(tl.int64)
     row = logits + token * row_stride
     z = tl.load(row + column * column_stride, mask=column < num_columns, other=-float("inf")).to(tl.float32)
     z *= inverse_temperature
@@ -109,7 +114,7 @@ def _exponentiate_row(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK).to(tl.int64)
     is_column = column < num_columns
     z = tl.load(logits + token * row_stride + column * column_stride, mask=is_column, other=0.0).to(tl.float32)
     shifted = z * inverse_temperature - tl.load(maximum + token)

@@ -1,5 +1,7 @@
 """Log-probs and entropy on one GPU, in value, gradient and memory; the bf16 products with fp32 results are only there."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,19 +34,30 @@ def full_precision_matmuls() -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_fp32_matches_fp64(full_precision_matmuls: None, temperature: float) -> None:
-    case = random_case(33, 48, 9000, 8971)
+@pytest.mark.parametrize("with_main_grad", [False, True])
+@pytest.mark.parametrize(("num_tokens", "temperature"), [(33, 1.0), (33, 0.6), (1, 0.6)])
+def test_fp32_matches_fp64(
+    full_precision_matmuls: None, num_tokens: int, temperature: float, with_main_grad: bool
+) -> None:
+    case = random_case(num_tokens, 48, 9000, 8971)
     hidden, weight, targets = on_cuda(case)
+    main_grad = torch.zeros_like(weight) if with_main_grad else None
     logprobs, entropy = linear_logprobs_and_entropy(
-        hidden, weight, targets, vocab_size=case.vocab_size, temperature=temperature, entropy_requires_grad=True
+        hidden,
+        weight,
+        targets,
+        vocab_size=case.vocab_size,
+        temperature=temperature,
+        entropy_requires_grad=True,
+        main_grad=main_grad,
     )
     backward(case, logprobs, entropy)
     expected = reference_logprobs(case, temperature, True)
     assert relative_error(logprobs.cpu(), expected.logprobs) < FP32_TOLERANCE
     assert relative_error(entropy.cpu(), expected.entropy) < FP32_TOLERANCE
+    grad_weight = weight.grad if main_grad is None else main_grad
     assert relative_error(hidden.grad.cpu(), expected.grad_hidden) < FP32_TOLERANCE
-    assert relative_error(weight.grad.cpu(), expected.grad_weight) < FP32_TOLERANCE
+    assert relative_error(grad_weight.cpu(), expected.grad_weight) < FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("with_main_grad", [False, True])
@@ -66,10 +79,13 @@ def test_bf16_is_no_worse_than_over_bf16_logits(with_main_grad: bool) -> None:
     assert relative_error(grad_weight.cpu(), expected.grad_weight) < 5e-3
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_logits_matches_fp64(dtype: torch.dtype) -> None:
+def test_from_logits_matches_fp64(dtype: torch.dtype, by_columns: bool) -> None:
     case = random_case(33, 48, 9000, 8971)
     logits = (case.hidden @ case.weight.T).to(dtype)
+    if by_columns:  # in memory
+        logits = logits.T.contiguous().T
     leaf = logits.cuda().requires_grad_()
     logprobs, entropy = vocab_parallel_logprobs_and_entropy(
         leaf, case.targets.cuda(), vocab_size=case.vocab_size, temperature=0.6, entropy_requires_grad=True
@@ -81,6 +97,40 @@ def test_from_logits_matches_fp64(dtype: torch.dtype) -> None:
     assert relative_error(logprobs.cpu(), expected.detach()) < FP32_TOLERANCE
     assert relative_error(entropy.cpu(), expected_entropy.detach()) < FP32_TOLERANCE
     assert relative_error(leaf.grad.cpu(), wide.grad) < (FP32_TOLERANCE if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("entropy_requires_grad", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_logits(dtype: torch.dtype, temperature: float, entropy_requires_grad: bool) -> None:
+    """Large equal ones, a difference that overflows e^x, -inf at every other id, and at all."""
+    logits = torch.zeros(5, 9000)
+    logits[0], logits[1] = 1e5, 1e30
+    logits[2, 5], logits[2, 6] = 1e35, -1e35
+    logits[3, ::2], logits[4] = -torch.inf, -torch.inf
+    leaf = logits.to(dtype).cuda().requires_grad_()
+    logprobs, entropy = vocab_parallel_logprobs_and_entropy(
+        leaf,
+        torch.tensor([0, 0, 5, 1, 0]).cuda(),
+        temperature=temperature,
+        entropy_requires_grad=entropy_requires_grad,
+    )
+    expected = [math.log(9000), math.log(9000), 0.0, math.log(4500), 0.0]
+    assert logprobs.tolist() == pytest.approx([*(-value for value in expected[:4]), -torch.inf], abs=1e-5)
+    assert entropy.tolist() == pytest.approx(expected, abs=1e-5)
+    (logprobs.sum() + (entropy.sum() if entropy_requires_grad else 0.0)).backward()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_no_token_and_all_tokens_masked_give_zero_gradients(dtype: torch.dtype, num_tokens: int) -> None:
+    hidden, weight, targets = on_cuda(random_case(num_tokens, 48, 9000, 9000, dtype))
+    logprobs, entropy = linear_logprobs_and_entropy(hidden, weight, targets)
+    assert logprobs.shape == entropy.shape == (num_tokens,)
+    torch.where(torch.zeros_like(targets, dtype=torch.bool), logprobs, 0.0).sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_gppo.algorithm import (
     linear_logprobs_and_entropy,
     output_layer,
+    tile_passes,
     vocab_parallel_logprobs_and_entropy,
     vocabulary,
 )
@@ -170,12 +172,13 @@ def test_wrong_main_grad_is_named() -> None:
         linear_logprobs_and_entropy(**GOOD, main_grad=torch.zeros(10, 4, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_logits_give_no_nan(dtype: torch.dtype, bf16_instructions: bool) -> None:
+def test_large_logits_give_no_nan(dtype: torch.dtype, temperature: float, bf16_instructions: bool) -> None:
     case = random_case(5, 8, 20, 17, dtype)
     hidden, weight = leaf(case.hidden * 1e4), leaf(case.weight * 1e4)
     values, entropy = linear_logprobs_and_entropy(
-        hidden, weight, case.targets, vocab_size=17, entropy_requires_grad=True
+        hidden, weight, case.targets, vocab_size=17, temperature=temperature, entropy_requires_grad=True
     )
     backward(case, values, entropy, entropy_requires_grad=True)
     for tensor in (values, entropy, hidden.grad, weight.grad):
@@ -213,7 +216,8 @@ def test_padding_rows_may_hold_anything() -> None:
         assert tensor.isfinite().all()
 
 
-def test_extreme_logits_give_no_nan() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_extreme_logits_give_no_nan(temperature: float) -> None:
     """-inf at some ids, a first tile of nothing but -inf, a difference that overflows e^x, and one certain token."""
     logits = torch.zeros(4, vocabulary.COLUMNS_PER_TILE + 3)
     logits[0, ::2] = -torch.inf
@@ -222,14 +226,46 @@ def test_extreme_logits_give_no_nan() -> None:
     logits[3, 7] = 500.0
     targets = torch.tensor([0, vocabulary.COLUMNS_PER_TILE, 5, 8])
     logits.requires_grad_()
-    values, entropy = vocab_parallel_logprobs_and_entropy(logits, targets, entropy_requires_grad=True)
+    values, entropy = vocab_parallel_logprobs_and_entropy(
+        logits, targets, temperature=temperature, entropy_requires_grad=True
+    )
     expected_count = (logits.shape[1]) // 2
-    assert values.tolist() == pytest.approx([-torch.inf, -torch.tensor(3.0).log().item(), 0.0, -500.0])
+    assert values.tolist() == pytest.approx([-torch.inf, -torch.tensor(3.0).log().item(), 0.0, -500.0 / temperature])
     assert entropy.tolist() == pytest.approx(
         [torch.tensor(float(expected_count)).log().item(), torch.tensor(3.0).log().item(), 0.0, 0.0]
     )
     (values.sum() + entropy.sum()).backward()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("entropy_requires_grad", [False, True])
+def test_a_row_of_nothing_but_minus_infinity(entropy_requires_grad: bool) -> None:
+    """Nothing is possible; one such token gets a gradient, and one is masked. NaN stays NaN, and in its row."""
+    logits = torch.zeros(4, 4500)
+    logits[:2, :4481] = -torch.inf
+    logits[2, 5] = torch.nan
+    logits.requires_grad_()
+    values, entropy = vocab_parallel_logprobs_and_entropy(
+        logits, torch.arange(4), vocab_size=4481, temperature=0.6, entropy_requires_grad=entropy_requires_grad
+    )
+    assert values[:2].tolist() == [-torch.inf, -torch.inf]
+    assert entropy[:2].tolist() == [0.0, 0.0]
+    assert values.isnan().tolist() == entropy.isnan().tolist() == [False, False, True, False]
+    is_trained = torch.tensor([True, False, True, True])
+    (values[is_trained].sum() + (entropy[is_trained].sum() if entropy_requires_grad else 0.0)).backward()
+    assert logits.grad.isfinite().all(dim=1).tolist() == [True, True, False, True]
+    assert not logits.grad[1].any()
+
+
+def test_products_that_all_overflow_to_minus_infinity() -> None:
+    hidden, weight = leaf(torch.full((2, 4), 1e20)), leaf(torch.full((10, 4), -1e20))
+    values, entropy = linear_logprobs_and_entropy(hidden, weight, torch.tensor([0, 9]), entropy_requires_grad=True)
+    assert values.tolist() == [-torch.inf, -torch.inf]
+    assert entropy.tolist() == [0.0, 0.0]
+    (values[0] + entropy[0]).backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    assert not hidden.grad[1].any()
 
 
 def test_tied_weight_accumulates_both_gradients() -> None:
@@ -299,6 +335,40 @@ def test_nothing_the_size_of_the_logits_exists(with_entropy: bool, dtype: torch.
     assert len(kept) <= 7 + (dtype == torch.bfloat16 and bf16_instructions)  # the centre
 
 
+class RecordPeak(TorchDispatchMode):
+    """The most bytes that existed after any operation, of what the operations were given or made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((result, args, kwargs)):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                del storage
+        self._storages = {key: value for key, value in self._storages.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._storages.values()))
+        return result
+
+
+def test_bf16_without_instructions_takes_one_tile_and_two_hidden_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside inputs and weight's gradient: the logits and weights of a tile, hidden, and the sum of its gradient."""
+    monkeypatch.setattr(output_layer, "has_bf16_instructions", lambda: False)
+    monkeypatch.setattr(tile_passes, "CPU_BLOCK_ELEMENTS_PER_THREAD", 1)
+    monkeypatch.setattr(output_layer, "TOKENS_AT_ONCE", 1)
+    tokens, hidden_size, rows, columns = 400, 300, 5000, vocabulary.COLUMNS_PER_TILE
+    case = random_case(tokens, hidden_size, rows, rows, torch.bfloat16)
+    hidden, weight = leaf(case.hidden), leaf(case.weight)
+    with RecordPeak() as record:
+        linear_logprobs_and_entropy(hidden, weight, case.targets)[0].sum().backward()
+    working = 4 * (tokens * columns + columns * hidden_size + 2 * tokens * hidden_size)
+    assert record.peak <= 1.005 * (hidden.nbytes + 2 * weight.nbytes + working)
+
+
 GOOD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(10, 4), "targets": torch.zeros(3, dtype=torch.int64)}
 
 
@@ -322,6 +392,9 @@ GOOD = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(10, 4), "targets": to
         ({"vocab_size": 11}, "vocab_size = 11"),
         ({"vocab_size": 0}, "vocab_size = 0"),
         ({"temperature": 0.0}, "temperature = 0.0"),
+        ({"temperature": 1e-39}, "temperature = 1e-39"),  # its reciprocal is infinite in fp32
+        ({"temperature": float("inf")}, "temperature = inf"),
+        ({"temperature": float("nan")}, "temperature = nan"),
         ({"with_entropy": False, "entropy_requires_grad": True}, "entropy_requires_grad = True"),
     ],
 )
