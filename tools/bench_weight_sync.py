@@ -53,6 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # As SyncStats has them. Sending and loading go on while the next bucket is converted: theirs is what is waited for.
 PHASES = ("prepare", "gather", "convert", "send", "load", "check")
+MOVING = ("gather", "convert", "send", "load")  # all bytes
 RAW = {"tensor": "copy", "distributed": "broadcast", "disk": "write"}
 
 
@@ -127,9 +128,9 @@ def measure(args: argparse.Namespace, folder: Path, parallel: ParallelState) -> 
             parallel,
             f"{args.shape}, {args.dtype}: {num_bytes / 1e9:.2f} GB in {len(shards)} parameters, tp {parallel.tp_size}; "
             f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}\n\n"
-            f"{'':<13}{'MiB a':>7}{'':>50}seconds of each phase\n"
+            f"{'':<13}{'MiB a':>7}{'':>50}seconds of each phase (GB/s)\n"
             f"{'transport':<13}{'bucket':>7}{'seconds':>9}{'GB/s':>7}{'raw':>11}{'GB/s':>6}{'of raw':>8}"
-            + "".join(f"{name:>9}" for name in PHASES),
+            + "".join(f"{name:>13}" for name in PHASES),
         )
         for bucket_mb in args.bucket_mb:
             for transport in args.transport:
@@ -162,13 +163,17 @@ def measure_transport(
     seconds = statistics.median(sync.seconds for sync in syncs)
     after = parallel.from_rank_0(lambda: raw(num_bytes, piece, args.repeats, folder))
     raw_seconds = statistics.median([*before, *after])
-    phases = [statistics.median(sync.phases.get(name, 0.0) for sync in syncs) for name in PHASES]
+    phases = {name: statistics.median(sync.phases.get(name, 0.0) for sync in syncs) for name in PHASES}
     say(
         parallel,
         f"{transport:<13}{bucket_mb:>7}{seconds:>9.2f}{num_bytes / seconds / 1e9:>7.2f}{RAW[transport]:>11}"
         f"{num_bytes / raw_seconds / 1e9:>6.2f}{raw_seconds / seconds:>8.0%}"
-        + "".join(f"{phase:>9.2f}" for phase in phases),
+        + "".join(f"{of_phase(name, phases[name], num_bytes):>13}" for name in PHASES),
     )
+
+
+def of_phase(name: str, seconds: float, num_bytes: int) -> str:
+    return f"{seconds:.2f}" + (f" ({num_bytes / seconds / 1e9:.1f})" if name in MOVING and seconds >= 0.005 else "")
 
 
 def say(parallel: ParallelState, text: str) -> None:
