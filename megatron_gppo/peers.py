@@ -1,8 +1,8 @@
 """What the ranks tell each other beside their collectives, which cannot be used once one of them is stuck.
 
 Over the rendezvous store, through a connection of its own: that every rank is alive, that rank 0 moves on, that a rank was
-told to stop, and who had to end the run, and why. A thread does it every second and may block on a host that cannot be reached; everyone else only reads
-what it has seen last.
+told to stop, and who had to end the run, and why. A thread does it every second and may block on a host that cannot be
+reached; everyone else only reads what it has seen last.
 """
 
 import json

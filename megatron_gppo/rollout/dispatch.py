@@ -1,9 +1,9 @@
 """Requests to engines as their slots free up, away from engines that fail.
 
-What holds, and is tested: an engine is sent a request while fewer than `concurrency` responses are in flight to it, and no request
-waits while that is so; all responses of one request come from one engine; a request whose engine dies, hangs or answers nonsense
-starts anew on another; an engine that was lost gets no request; when a piece of work fails, is cancelled or has enough,
-nothing of it goes on in the engines.
+What holds, and is tested: an engine is sent a request while fewer than `concurrency` responses are in flight to it, and no
+request waits while that is so; all responses of one request come from one engine; a request whose engine dies, hangs or
+answers nonsense starts anew on another; an engine that was lost gets no request; when a piece of work fails, is cancelled
+or has enough, nothing of it goes on in the engines.
 
 Behind the router, `concurrency` is a mean over the engines, and a request that fails is nobody's fault that can be named.
 Sent through the router again it would reach the same engine: that one has its prompt cached. So from the first such failure
