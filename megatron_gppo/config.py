@@ -28,6 +28,7 @@ Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]  # below, SGLang takes the likeliest token instead
 Below1 = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Numbers of these kinds, or schedules of them over steps.
 ScheduledPositive = Annotated[
@@ -207,7 +208,7 @@ class DataConfig(ColumnsConfig):
 class SamplingConfig(Section):
     """One definition of sampling, for the engine and for the log-probs of the loss."""
 
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Logits are divided by this, in the engine and in every log-prob the trainer computes."""
     top_p: Probability = 1.0
     """Nucleus sampling. Log-probs are of the whole distribution, so below 1 engine and policy agree on fewer tokens."""
@@ -688,7 +689,7 @@ class SyncConfig(Section):
     disk_dir: Path | None = None
     """Folder of transport disk, under the same path for the engines. None is run.dir/weights."""
     host: str = "127.0.0.1"
-    """Address of rank 0 that the engines can reach, for the weight-transfer group."""
+    """Address of rank 0's machine that the engines can reach, for the weight-transfer group."""
     timeout_s: PositiveFloat = 300.0
     """Limit for each phase of a sync; the error names phase and peer."""
     verify_every: PositiveInt = 10
@@ -727,7 +728,7 @@ class BenchmarkConfig(SourceConfig):
     """Instead of data.prompt_suffix."""
     samples: PositiveInt | None = None
     """Instead of eval.samples; likewise below."""
-    temperature: PositiveFloat | None = None
+    temperature: Temperature | None = None
     """Instead of eval.temperature."""
     top_p: Probability | None = None
     """Instead of eval.top_p."""
@@ -755,7 +756,7 @@ _PLACE_FIELDS = {"path", "hub", "subset", "split", *ColumnsConfig.model_fields}
 class EvalConfig(SamplingConfig):
     """Evaluation: by megatron-gppo eval, and during training. Sampling is every benchmark's that sets none itself."""
 
-    temperature: PositiveFloat = 0.6
+    temperature: Temperature = 0.6
     """Paper: 0.6."""
     top_p: Probability = 0.95
     """Paper: 0.95."""

@@ -31,7 +31,7 @@ from megatron_gppo.training_prompts import (
     write_decontamination_report,
 )
 from megatron_gppo.watchdog import Watchdog
-from megatron_gppo.weight_sync import WeightSync
+from megatron_gppo.weight_sync import WeightSync, check_host
 
 # In run.dir:
 CHECKPOINTS = "checkpoints"
@@ -85,6 +85,7 @@ def start_services(config: Config, architecture: Architecture, stack: ExitStack)
     prepare_run_folder(config, architecture)
     if config.rollout.mode == "replay":
         return None
+    check_host(config.sync)
     tokenizer = load_tokenizer(config.model.hf_path)
     benchmarks: list[Benchmark] = []
     if config.eval.every is not None or config.data.decontamination_ngram is not None:

@@ -13,14 +13,12 @@ allows few classes in it; a SimpleNamespace has the fields that it reads.
 import base64
 import itertools
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -30,6 +28,7 @@ from torch.multiprocessing import reductions
 
 from megatron_gppo.metrics import Phases
 from megatron_gppo.parallel import ParallelState
+from megatron_gppo.weight_sync.addresses import is_on_this_machine
 from megatron_gppo.weight_sync.bucket import Bucket, num_bytes
 from megatron_gppo.weight_sync.endpoint import EngineProcess, WeightSyncError
 from megatron_gppo.weight_sync.fleet import Calls, Fleet
@@ -166,15 +165,3 @@ def cuda_handle(data: Tensor) -> tuple[Any, ...]:
     _, arguments = reductions.reduce_tensor(data)
     uuid = str(torch.cuda.get_device_properties(arguments[DEVICE_ARGUMENT]).uuid)
     return (*arguments[:DEVICE_ARGUMENT], uuid, *arguments[DEVICE_ARGUMENT + 1 :])
-
-
-@cache
-def is_on_this_machine(url: str) -> bool:
-    """Whether the host in the URL is an address of this machine: one can listen there."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(urlsplit(url).hostname, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as own:
-            own.bind(address)
-        return True
-    except OSError:
-        return False

@@ -1,6 +1,5 @@
 """Weight sync as the training loop sees it: one object, called by every rank in lockstep."""
 
-import ipaddress
 import math
 import sys
 import time
@@ -18,6 +17,7 @@ from megatron_gppo.convert.architecture import Architecture
 from megatron_gppo.convert.table import parameters
 from megatron_gppo.metrics import Phases
 from megatron_gppo.parallel import ParallelState
+from megatron_gppo.weight_sync.addresses import is_loopback
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.disk import DiskTransport
 from megatron_gppo.weight_sync.distributed import DistributedTransport
@@ -282,7 +282,7 @@ class WeightSync:
         urls = self._engines.to_sync(self._on_progress)
         host = self._config.host
         for url in urls if self._config.transport == "distributed" else []:
-            if _is_loopback(host) and not _is_loopback(urlsplit(url).hostname or ""):
+            if is_loopback(host) and not is_loopback(urlsplit(url).hostname or ""):
                 raise ConfigError(
                     f"sync.host = {host} cannot be reached from the engine at {url}. Fix: set sync.host to an address of "
                     f"rank 0's machine"
@@ -310,13 +310,6 @@ class WeightSync:
             self._synced = [url for url in self._synced if url not in fleet.failed]
             for url, why in fleet.failed.items():
                 self._engines.lost(url, why)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback  # all of 127.*, where hosts files have a host's own name
-    except ValueError:
-        return host == "localhost"
 
 
 def _make_transport(config: Config, parallel: ParallelState) -> Transport:

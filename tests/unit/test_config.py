@@ -147,7 +147,7 @@ def test_schedules_in_yaml(tmp_path: Path) -> None:
         ({"train.steps": 0}, ["train.steps = 0", "greater than or equal to 1"]),
         ({"parallel.tp": 0}, ["parallel.tp = 0"]),
         ({"parallel.cp": 0}, ["parallel.cp = 0"]),
-        ({"rollout.temperature": 0}, ["rollout.temperature = 0", "greater than 0"]),
+        ({"rollout.temperature": 0}, ["rollout.temperature = 0", "greater than or equal to 0.000001"]),
         ({"rollout.top_p": 1.5}, ["rollout.top_p = 1.5", "less than or equal to 1"]),
         ({"rollout.responses_per_prompt": 1}, ["rollout.responses_per_prompt = 1"]),
         ({"rollout.port": 70000}, ["rollout.port = 70000"]),

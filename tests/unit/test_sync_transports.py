@@ -18,10 +18,11 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
-from megatron_gppo.config import ConfigError, parse_config
+from megatron_gppo.config import ConfigError, SyncConfig, parse_config
 from megatron_gppo.convert.hf_checkpoint import HfCheckpoint
 from megatron_gppo.metrics import Phases
 from megatron_gppo.weight_sync import WeightSyncError, distributed
+from megatron_gppo.weight_sync.addresses import check_host, is_on_this_machine
 from megatron_gppo.weight_sync.bucket import Bucket
 from megatron_gppo.weight_sync.disk import DiskTransport
 from megatron_gppo.weight_sync.distributed import DistributedTransport
@@ -29,7 +30,7 @@ from megatron_gppo.weight_sync.endpoint import Checksums, EngineProcess, EngineT
 from megatron_gppo.weight_sync.fleet import Fleet
 from megatron_gppo.weight_sync.push import push
 from megatron_gppo.weight_sync.sample import RollingSample
-from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport, is_on_this_machine, serialized
+from megatron_gppo.weight_sync.shared_memory import SharedMemoryTransport, serialized
 from megatron_gppo.weight_sync.transport import SendAgainError
 from tests.support.policy_shards import SINGLE
 from tests.support.tiny import make_tiny_model
@@ -257,6 +258,16 @@ def test_another_process_reads_a_bucket_where_it_lies() -> None:
     assert results.get() == [("a", (2, 3), [7] * 12), ("b", (5,), [7] * 10)]
     process.join()
     assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "a..b", "x" * 80])
+def test_a_host_that_is_not_ours_is_found_before_anything_starts(host: str) -> None:
+    check_host(SyncConfig(host="localhost"))
+    check_host(SyncConfig(host=host, transport="disk"))
+    with pytest.raises(
+        ConfigError, match=rf"sync\.host = {host} is not an address of rank 0's machine\. Fix: set it to"
+    ):
+        check_host(SyncConfig(host=host))
 
 
 def test_engines_on_other_machines_cannot_share_memory() -> None:
